@@ -1,0 +1,79 @@
+"""Figures and GIFs of a run."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+
+from common.checkpoint import write_atomically
+
+
+def save_image(path: Path, image: np.ndarray) -> None:
+    """Writes an (H, W, 3) uint8 picture as PNG."""
+    from PIL import Image
+
+    write_atomically(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
+
+
+def save_gif(path: Path, frames: np.ndarray, fps: int = 12) -> None:
+    """Writes (T, H, W, 3) uint8 frames as a looping GIF; a still end is cut to one second."""
+    from PIL import Image
+
+    moving = np.flatnonzero((frames[1:] != frames[:-1]).any(axis=(1, 2, 3)))
+    frames = frames[: (moving[-1] + 2 if len(moving) else 1) + fps]
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    options = dict(format="GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)
+    write_atomically(path, lambda file: first.save(file, **options))
+
+
+def _save_figure(path: Path, figure) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def save_curves(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], x_label: str) -> None:
+    """Small multiples: for each name, x (P,) and values (num_seeds, P): a line per seed, their mean, a band of one standard error."""
+    from matplotlib.figure import Figure
+
+    columns = 4
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.3 * rows), layout="constrained")
+    for place, (name, (x, values)) in enumerate(curves.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        mean, error = values.mean(0), values.std(0) / math.sqrt(len(values))
+        axes.plot(x, values.T, color="C0", alpha=0.25, linewidth=0.7)
+        axes.plot(x, mean, color="C0", linewidth=1.6)
+        axes.fill_between(x, mean - error, mean + error, color="C0", alpha=0.2)
+        axes.set_title(name, fontsize=9)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+        if place >= len(curves) - columns:
+            axes.set_xlabel(x_label, fontsize=8)
+    _save_figure(path, figure)
+
+
+def save_strips(path: Path, images: dict[int, np.ndarray], title: str) -> None:
+    """Pictures through time under one another, each labelled with its update; at most eight, evenly spaced."""
+    from matplotlib.figure import Figure
+
+    updates = sorted(images)
+    chosen = [updates[i] for i in np.unique(np.linspace(0, len(updates) - 1, min(8, len(updates))).round().astype(int))]
+    height, width = images[chosen[0]].shape[:2]
+    figure = Figure(figsize=(12, 0.6 + len(chosen) * (11 * height / width + 0.1)), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for place, update in enumerate(chosen):
+        axes = figure.add_subplot(len(chosen), 1, place + 1)
+        axes.imshow(images[update], interpolation="nearest")
+        axes.set_ylabel(f"update {update}", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    _save_figure(path, figure)
+
+
+def read_strips(folder: Path) -> dict[int, np.ndarray]:
+    """The pictures that `save_image` wrote as folder/UPDATE.png."""
+    from PIL import Image
+
+    return {int(path.stem): np.asarray(Image.open(path)) for path in folder.glob("[0-9]*.png")}
