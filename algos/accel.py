@@ -27,11 +27,21 @@ import optax
 from common.config import RunConfig, cli, require, require_multiple, require_range
 from common.devices import shard_batch
 from common.env import reset_from_bank, select, step_from_bank
-from common.level_buffer import LevelBuffer, Trial, age_buffer, init_buffer, max_episode_return, max_mc
-from common.level_buffer import positive_value_loss, replay_weights, sample_replay, update_buffer
+from common.level_buffer import (
+    LevelBuffer,
+    Trial,
+    age_buffer,
+    init_buffer,
+    max_episode_return,
+    max_mc,
+    positive_value_loss,
+    replay_weights,
+    sample_replay,
+    update_buffer,
+)
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 from common.ppo import Batch, gae, play_episodes, ppo_update, rollout
-from common.run import Train, run
+from common.run import Train, nothing_like, run
 from envs.maze import HELD_OUT, EnvParams, Maze, fixed_levels, held_out_levels, shortest_solution
 
 MAZES = list(HELD_OUT)
@@ -48,7 +58,7 @@ class Config(RunConfig):
     num_steps: int = 256
     """Steps on each level between two updates; an episode that ends begins again on the same level."""
     parallel: bool = False
-    """New, replayed and edited levels in one wide batch at every update, learning from the replayed ones (minimax's parallel ACCEL)."""
+    """New, replayed and edited levels in one wide batch, learning from the replayed ones (minimax's parallel ACCEL)."""
 
     buffer_size: int = 4000
     """Levels kept."""
@@ -177,10 +187,8 @@ def play_levels(key, params, levels, best_return, config: Config, index=-1, edit
     traj, last_value = rollout(key, agent, params, reset, step, hstate, config.num_steps)
     adv, target = gae(traj.reward, traj.value, traj.done, last_value, config.gamma, config.gae_lambda)
     best_return = jnp.maximum(max_episode_return(traj.reward, traj.done), best_return)
-    if config.score == "max_mc":
-        score = max_mc(traj.value, traj.done, best_return)
-    else:
-        score = positive_value_loss(adv, traj.done)
+    use_mc = config.score == "max_mc"
+    score = max_mc(traj.value, traj.done, best_return) if use_mc else positive_value_loss(adv, traj.done)
     index, edits = (jnp.broadcast_to(x, num).astype(jnp.int32) for x in (index, edits))
     return Batch(traj, adv, target, hstate), Trial(levels, score, best_return, edits, index)
 
@@ -204,7 +212,7 @@ def make_train(config: Config) -> Train:
         return jax.vmap(partial(env.mutate_level, num_edits=config.num_edits))(jax.random.split(key, num), levels)
 
     def draw(key, buffer, replay):
-        """Replayed levels or, where replay is off, new ones -> levels, their slots (-1: new), best returns, edits, the buffer aged."""
+        """Replayed levels, or new ones -> levels, their slots (-1: new), best returns, edits, the buffer with new ages."""
         key_new, key_replay = jax.random.split(key)
         index, drawn = sample_replay(key_replay, buffer, num, **prioritise)
         stored = jax.tree.map(lambda x: x[index], (buffer.levels, buffer.max_return, buffer.edits))
@@ -239,7 +247,7 @@ def make_train(config: Config) -> Train:
             return params, opt_state, trial, info
 
         def only_look():
-            *_, trial, info = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan).astype(x.dtype), jax.eval_shape(learn_and_edit))
+            *_, trial, info = nothing_like(learn_and_edit)
             return state.params, state.opt_state, trial._replace(score=jnp.full(num, -jnp.inf)), info
 
         params, opt_state, trial, info = jax.lax.cond(turn, learn_and_edit, only_look)

@@ -1,9 +1,15 @@
-"""Domain randomisation (DR): the agent trains on uniformly random mazes. The baseline of minimax (2311.12716).
+"""DR, domain randomisation (Tobin et al., 1703.06907): the agent trains on uniformly random mazes, as in minimax (2311.12716).
 
-Every episode is on a new random level; an LSTM agent learns by PPO; what counts is how many hand-made mazes it has never seen it
-then solves.
+Every episode is on a new random maze; an LSTM agent learns by PPO. It is the baseline of unsupervised environment design: no
+curriculum at all. What counts is how many hand-made mazes it has never seen it then solves.
 
-Run:     python algos/dr.py --num-seeds 4
+Run:     python algos/dr.py               (4 seeds; --preset paper for the paper's scale)
+Expect:  see results/ued/README.md
+
+Differs from minimax's DR (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
+ 1. Within one update an environment goes through at most `levels_per_env` new mazes, then through the same again (always new).
+ 2. Every rollout begins with a zero LSTM state (that of the previous rollout's end, on another maze).
+ 3. Orthogonal initialisation of every layer; the last policy layer with gain 0.01 (filled with 0.01).
 """
 
 from dataclasses import dataclass, replace
@@ -18,25 +24,27 @@ from common.config import RunConfig, cli, require, require_multiple, require_ran
 from common.devices import shard_batch
 from common.env import reset_from_bank, step_from_bank
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
-from common.ppo import Batch, gae, ppo_update, rollout
+from common.ppo import Batch, gae, play_episodes, ppo_update, rollout
 from common.run import Train, run
-from envs.maze import HELD_OUT, Maze, held_out_levels
+from envs.maze import HELD_OUT, EnvParams, Maze, fixed_levels, held_out_levels
 
 MAZES = list(HELD_OUT)
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    num_updates: int = 300
-    num_seeds: int = 1
+    """DR's settings; the defaults are minimax's."""
+
+    num_updates: int = 30_000
+    """PPO updates per seed."""
     num_envs: int = 32
-    """Parallel environments per seed."""
+    """Environments played side by side."""
     num_steps: int = 256
-    """Steps of each environment between two updates."""
-    num_walls: int = 60
-    """Wall cells drawn for a random level (with replacement)."""
+    """Steps of each environment between two updates; every episode is on a new level."""
     levels_per_env: int = 16
-    """Fresh random levels that each environment can go through within one update before they repeat."""
+    """New levels at hand for each environment in one update; after the last the first comes again."""
+    num_walls: int = 60
+    """Wall cells drawn for a new level (with replacement)."""
 
     lr: float = 1e-4
     """Learning rate of Adam."""
@@ -64,8 +72,19 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in (
+            "num_envs",
+            "num_steps",
+            "num_epochs",
+            "num_minibatches",
+            "hidden",
+            "eval_episodes",
+            "levels_per_env",
+        ):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         require_multiple(self, "num_envs", "num_minibatches")
         require_range(self, 0, 1, "gamma", "gae_lambda")
+        require_range(self, 0, 167, "num_walls")
         require(self.lr > 0, f"--lr {self.lr}: must be positive")
 
     @property
@@ -73,7 +92,16 @@ class Config(RunConfig):
         return self.num_envs
 
 
+PAPER = Config(preset="paper", log_every=50, eval_every=1000, save_every=1000)
+CPU = replace(
+    PAPER, preset="cpu", num_seeds=4, num_updates=400, log_every=10, eval_every=50, save_every=50,
+    hidden=64, lr=1e-3, gamma=0.995, gae_lambda=0.95, num_minibatches=4,
+)  # fmt: skip
+
+
 class State(NamedTuple):
+    """All of one seed's run."""
+
     params: Any
     opt_state: Any
     key: jax.Array
@@ -83,13 +111,15 @@ class State(NamedTuple):
 
 
 def init_agent(key, num_actions: int, hidden: int) -> dict:
-    keys = jax.random.split(key, 7)
+    """The student: a convolution, an embedding of the direction, an LSTM, a policy head and a value head."""
+    keys = jax.random.split(key, 6)
     return {
         "conv": init_conv(keys[0], 3, 3, 16),
         "direction": orthogonal(keys[1], (4, 5)),
         "lstm": init_lstm(keys[2], 3 * 3 * 16 + 5, hidden),
-        "policy": [init_dense(keys[3], hidden, 32), init_dense(keys[4], 32, num_actions, 0.01)],
-        "value": [init_dense(keys[5], hidden, 32), init_dense(keys[6], 32, 1, 1.0)],
+        "heads": init_dense(keys[3], hidden, 32 + 32),
+        "policy": init_dense(keys[4], 32, num_actions, 0.01),
+        "value": init_dense(keys[5], 32, 1, 1.0),
     }
 
 
@@ -98,22 +128,37 @@ def agent(params, obs, reset, hstate):
     view = jax.nn.relu(conv(params["conv"], obs.image / 10.0, 3))
     x = jnp.concatenate([view.reshape(*view.shape[:2], -1), params["direction"][obs.direction]], axis=-1)
     x, hstate = lstm(params["lstm"], x, reset, hstate)
-    policy, value = (
-        dense(head[1], jnp.tanh(dense(head[0], x))) for head in (params["policy"], params["value"])
-    )
-    return policy, value[..., 0], hstate
+    policy, value = jnp.split(jnp.tanh(dense(params["heads"], x)), 2, axis=-1)
+    return dense(params["policy"], policy), dense(params["value"], value)[..., 0], hstate
 
 
-def initial_hstate(num_envs: int, hidden: int):
+def init_hstate(num_envs: int, hidden: int):
+    """The LSTM's state before an episode."""
     return jnp.zeros((num_envs, hidden)), jnp.zeros((num_envs, hidden))
 
 
 # --- training
 
 
+def play(key, params, bank, config: Config) -> Batch:
+    """Plays num_steps steps of every environment, through its row of the bank of levels (N, R, ...)."""
+    env = Maze()
+    bank, hstate = shard_batch((bank, init_hstate(config.num_envs, config.hidden)))
+
+    def reset():
+        return jax.vmap(partial(reset_from_bank, env, params=EnvParams()))(bank)
+
+    def step(key, state, action):
+        return jax.vmap(partial(step_from_bank, env, key, params=EnvParams()))(state, action, bank)
+
+    traj, last_value = rollout(key, agent, params, reset, step, hstate, config.num_steps)
+    adv, target = gae(traj.reward, traj.value, traj.done, last_value, config.gamma, config.gae_lambda)
+    return Batch(traj, adv, target, hstate)
+
+
 def make_train(config: Config) -> Train:
+    """DR as pure functions of one seed."""
     env = Maze(num_walls=config.num_walls)
-    env_params = env.default_params
     tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(config.lr, eps=1e-5))
 
     def init(key):
@@ -121,32 +166,70 @@ def make_train(config: Config) -> Train:
         params = init_agent(key_params, env.num_actions, config.hidden)
         return State(params, tx.init(params), key)
 
-    def play(key, params, bank):
-        """Rolls out the policy on a bank of levels (N, R, ...)."""
-        reset = lambda: jax.vmap(partial(reset_from_bank, env, params=env_params))(bank)
-        step = lambda key, state, action: jax.vmap(partial(step_from_bank, env, None, params=env_params))(
-            state, action, bank
-        )
-        hstate = shard_batch(initial_hstate(config.num_envs, config.hidden))
-        return rollout(key, agent, params, reset, step, hstate, config.num_steps)
-
     def update(state: State, t):
-        key, key_levels, key_play, key_ppo = jax.random.split(state.key, 4)
+        """New levels, a rollout, PPO."""
+        key, key_levels, key_play, key_learn = jax.random.split(state.key, 4)
         keys = jax.random.split(key_levels, (config.num_envs, config.levels_per_env))
-        bank = shard_batch(jax.vmap(jax.vmap(env.sample_level))(keys))
-        traj, last_value = play(key_play, state.params, bank)
-        adv, target = gae(traj.reward, traj.value, traj.done, last_value, config.gamma, config.gae_lambda)
-        batch = Batch(traj, adv, target, initial_hstate(config.num_envs, config.hidden))
-        params, opt_state, info = ppo_update(key_ppo, agent, tx, state.params, state.opt_state, batch, config)
-        info["return"] = traj.reward.sum() / traj.done.sum()
+        batch = play(key_play, state.params, jax.vmap(jax.vmap(env.sample_level))(keys), config)
+        params, opt_state, info = ppo_update(key_learn, agent, tx, state.params, state.opt_state, batch, config)
+        episodes = jnp.maximum(batch.traj.done.sum(), 1)
+        info["return"] = batch.traj.reward.sum() / episodes
+        info["solve_rate"] = (batch.traj.reward > 0).sum() / episodes
         info["env_steps"] = (t + 1) * config.num_envs * config.num_steps
         return State(params, opt_state, key), info
 
-    def evaluate(state: State):
-        return {"heldout_solve_rate": jnp.float32(0)}
+    return Train(init, update, partial(evaluate, config), config.num_updates)
 
-    return Train(init, update, evaluate, config.num_updates)
+
+# --- evaluation
+
+
+def play_held_out(key, policy, params, config: Config, names=MAZES):
+    """Solve rates (len(names),) on held-out mazes, and the film of the first episode on Labyrinth: EnvState (steps, ...)."""
+    env, film = Maze(), names.index("Labyrinth") * config.eval_episodes
+    key_levels, key_play = jax.random.split(key)
+    levels, limits = held_out_levels(key_levels, names, config.eval_episodes)
+    levels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), levels)
+    env_params = EnvParams(jnp.repeat(limits, config.eval_episodes))
+
+    def reset():
+        state = jax.vmap(env.reset_to_level)(levels, env_params)
+        return jax.vmap(env.get_obs)(state), state
+
+    def step(key, state, action):
+        obs, state, reward, terminated, _ = jax.vmap(partial(env.step_env, key))(state, action, env_params)
+        return obs, state, reward, terminated | env.is_truncated(state, env_params)
+
+    hstate = init_hstate(len(names) * config.eval_episodes, config.hidden)
+    pose = lambda state: (state.agent_pos[film], state.agent_dir[film])
+    episodes = play_episodes(key_play, policy, params, reset, step, hstate, int(limits.max()), pose)
+    solved = (episodes.total_reward > 0).reshape(len(names), -1).mean(1)
+    return solved, episodes.record
+
+
+def random_walk(params, obs, reset, hstate):
+    """A policy that turns and walks at random and never idles."""
+    logits = jnp.array([0.0, 0, 0, -jnp.inf, -jnp.inf, -jnp.inf, -jnp.inf])
+    return jnp.broadcast_to(logits, (*reset.shape, 7)), jnp.zeros(reset.shape), hstate
+
+
+def evaluate(config: Config, state: State) -> dict:
+    """Solve rates on the held-out mazes, pictures of random mazes as trained on, a film in Labyrinth."""
+    env = Maze(num_walls=config.num_walls)
+    key_play, key_walk, key_sample = jax.random.split(jax.random.fold_in(state.key, 0), 3)
+    solved, (pos, direction) = play_held_out(key_play, agent, state.params, config)
+    walked, _ = play_held_out(key_walk, random_walk, (), config)
+    sample = jax.vmap(env.sample_level)(jax.random.split(key_sample, 10))
+    labyrinth = jax.tree.map(lambda x: x[0], fixed_levels(["Labyrinth"])[0])
+    film = jax.vmap(lambda pos, dir: env.render(labyrinth._replace(agent_pos=pos, agent_dir=dir)))(pos[:250], direction[:250])
+    return {
+        "heldout_solve_rate": solved.mean(),
+        "random_walk_solve_rate": walked.mean(),
+        **{f"solve/{name}": solved[i] for i, name in enumerate(MAZES)},
+        "mazes": jnp.concatenate(list(jax.vmap(env.render)(sample)), axis=1),
+        "labyrinth": film,
+    }
 
 
 if __name__ == "__main__":
-    run(cli(Config, __doc__), make_train, highlights=("return", "heldout_solve_rate"))
+    run(cli(Config, __doc__, {"cpu": CPU, "paper": PAPER}), make_train, highlights=("return", "heldout_solve_rate"))

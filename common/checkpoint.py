@@ -58,7 +58,7 @@ def read_meta(path: Path) -> dict:
 
 
 def load(path: Path, template):
-    """Reads a checkpoint into the structure of `template` (arrays or ShapeDtypeStructs) -> the pytree, its leaves numpy arrays or keys.
+    """Reads a checkpoint into the structure of `template` (arrays or shapes) -> the pytree, its leaves numpy arrays or keys.
 
     Raises UsageError if the file's leaves are not the template's (names, shapes, types).
     """
@@ -74,9 +74,7 @@ def load(path: Path, template):
             array = file[name]
             dtype = np.dtype(np.uint16) if is_bf16 else expected.dtype
             if array.shape != expected.shape or array.dtype != dtype:
-                raise UsageError(
-                    f"{path}: {name} is {array.dtype}{list(array.shape)}, this run has {dtype}{list(expected.shape)}"
-                )
+                raise UsageError(f"{path}: {name} is {array.dtype}{list(array.shape)}, this run has {dtype}{list(expected.shape)}")
             array = array.view(jax.numpy.bfloat16) if is_bf16 else array
             impl = jax.random.key_impl(like) if is_key else None
             leaves.append(jax.random.wrap_key_data(array, impl=impl) if is_key else array)

@@ -1,7 +1,7 @@
 """The level buffer of prioritised level replay: PLR (2010.03934), robust PLR (2110.02439), ACCEL (2203.01302).
 
 A buffer holds K levels with a score and an age each, and two things are asked of it: which levels to play again, and whether a new
-level should take the place of an old one. Ranks are kept up to date as scores change, at a cost of O(K) a level and without sorting.
+level should take the place of an old one. Ranks are kept up to date as scores change, at O(K) a level and without sorting.
 """
 
 from typing import Any, NamedTuple
@@ -200,7 +200,7 @@ def max_episode_return(reward, done) -> jax.Array:
 
 
 def max_mc(value, done, max_return) -> jax.Array:
-    """Maximum Monte Carlo regret (2110.02439, Sec. 4): the mean of (best return ever seen - V(s_t)). -inf without a finished episode.
+    """Maximum Monte Carlo regret (2110.02439, Sec. 4): the mean of (best return so far - V(s_t)); -inf if no episode finished.
 
     value, done (T, N); max_return (N,). It can be negative, so it is used by rank.
     """

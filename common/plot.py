@@ -34,7 +34,7 @@ def _save_figure(path: Path, figure) -> None:
 
 
 def save_curves(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], x_label: str) -> None:
-    """Small multiples: for each name, x (P,) and values (num_seeds, P): a line per seed, their mean, a band of one standard error."""
+    """Small multiples of name -> (x (P,), values (num_seeds, P)): a line per seed, the mean, a band of one standard error."""
     from matplotlib.figure import Figure
 
     columns = 4

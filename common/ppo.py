@@ -5,7 +5,8 @@ Axes: (time, env, ...), written T and N. A policy is a function
 episode begins, and a policy without memory ignores it and passes `hstate` through.
 """
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax

@@ -15,9 +15,10 @@ import resource
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,12 @@ class Train(NamedTuple):
 def train_fn(train: Train) -> Callable[[jax.Array], tuple[Any, dict]]:
     """The whole training as one function key -> (State, metrics (num_updates,)): `jit(vmap(train_fn(...)))(keys)`."""
     return lambda key: jax.lax.scan(train.update, train.init(key), jnp.arange(train.num_updates))
+
+
+def nothing_like(function, *args):
+    """What `function(*args)` would return, with NaN for floats and 0 for all else: for the branch in which it does not happen."""
+    like = jax.eval_shape(function, *args)
+    return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype), like)
 
 
 def run(config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple[str, ...] = ()) -> None:
@@ -265,7 +272,10 @@ class RunFiles:
             "method": self.method,
             "config": as_dict(self.config),
             "commit": _commit(),
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in ("jax", "jaxlib", "optax")}},
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("jax", "jaxlib", "optax")},
+            },
             "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
             "compile_s": compile_s,
             "wall_s": time.perf_counter() - self.began,
@@ -318,7 +328,14 @@ def progress_bar(console, num_updates: int, start: int):
     """A context that gives `bar(update, metrics)`: updates, updates per second, time left, and the metrics."""
     import contextlib
 
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
     progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=console)

@@ -7,7 +7,7 @@ reward   1 - 0.9 (t + 1) / T on walking into the goal at step t (from 0), else 0
 ends     goal reached (terminated), or T steps taken (truncated)
 
 Positions are (x, y), x to the right and y down; maps are indexed [y, x]; directions are 0 right, 1 down, 2 left, 3 up. The one-cell
-border of a MiniGrid maze is not stored: a "15 x 15" maze is 13 x 13 here. A level may have any shape: functions read it off `walls`.
+border of a MiniGrid maze is not stored: a "15 x 15" maze is 13 x 13 here. A level may have any shape, read off `walls`.
 """
 
 from typing import NamedTuple
@@ -245,26 +245,14 @@ class FixedMaze(NamedTuple):
 
 
 HELD_OUT = {
-    "SixteenRooms": FixedMaze(
-        13, "0248 0008 0240 176e 0200 0048 1add 0208 0240 0f6b 0248 0040 0208", (1, 1), 0, [(11, 11)]
-    ),
-    "SixteenRooms2": FixedMaze(
-        13, "0208 0048 0248 1edd 0240 0048 17df 0248 0200 1b6f 0248 0040 0248", (1, 1), 0, [(11, 11)]
-    ),
+    "SixteenRooms": FixedMaze(13, "0248 0008 0240 176e 0200 0048 1add 0208 0240 0f6b 0248 0040 0208", (1, 1), 0, [(11, 11)]),
+    "SixteenRooms2": FixedMaze(13, "0208 0048 0248 1edd 0240 0048 17df 0248 0200 1b6f 0248 0040 0248", (1, 1), 0, [(11, 11)]),
     "Labyrinth": FixedMaze(13, "0000 0ffe 0802 0bfa 0a0a 0aea 0aaa 0aaa 088a 0ffa 0082 1ebe 0080", (0, 12), 0, [(6, 6)]),
-    "LabyrinthFlipped": FixedMaze(
-        13, "0000 0ffe 0802 0bfa 0a0a 0aea 0aaa 0aaa 0a22 0bfe 0820 0faf 0020", (12, 12), 2, [(6, 6)]
-    ),
+    "LabyrinthFlipped": FixedMaze(13, "0000 0ffe 0802 0bfa 0a0a 0aea 0aaa 0aaa 0a22 0bfe 0820 0faf 0020", (12, 12), 2, [(6, 6)]),
     "Labyrinth2": FixedMaze(13, "0800 0bfe 0a02 0afa 0a8a 02aa 1eaa 02ea 0a0a 0bfa 0802 0ffe 0000", (0, 0), 0, [(6, 6)]),
-    "StandardMaze": FixedMaze(
-        13, "0084 0ef6 0800 0ff7 0010 1fbe 0120 0c6f 0522 15ba 1488 16ee 0228", (6, 0), 0, [(6, 12)]
-    ),
-    "StandardMaze2": FixedMaze(
-        13, "0284 0af1 0804 0ff7 0254 1ad4 0a16 0b72 093a 0daa 08aa 0aaa 0220", (0, 6), 0, [(12, 4)]
-    ),
-    "StandardMaze3": FixedMaze(
-        13, "0140 0f5e 0850 03d5 1a14 02d6 0a92 0abb 08a8 0eae 08a2 0baa 0888", (3, 0), 0, [(12, 6)]
-    ),
+    "StandardMaze": FixedMaze(13, "0084 0ef6 0800 0ff7 0010 1fbe 0120 0c6f 0522 15ba 1488 16ee 0228", (6, 0), 0, [(6, 12)]),
+    "StandardMaze2": FixedMaze(13, "0284 0af1 0804 0ff7 0254 1ad4 0a16 0b72 093a 0daa 08aa 0aaa 0220", (0, 6), 0, [(12, 4)]),
+    "StandardMaze3": FixedMaze(13, "0140 0f5e 0850 03d5 1a14 02d6 0a92 0abb 08a8 0eae 08a2 0baa 0888", (3, 0), 0, [(12, 6)]),
     "SmallCorridor": FixedMaze(
         13,
         " ".join(["0000"] + ["0aaa"] * 5 + ["0ffe"] + ["0aaa"] * 5 + ["0000"]),
@@ -283,8 +271,10 @@ HELD_OUT = {
 
 
 def fixed_levels(names: list[str]) -> tuple[Level, np.ndarray]:
-    """The named mazes, each with each of its goals: a Level of numpy arrays (K, ...) on the largest map among them, and the index in
-    `names` (K,) that each belongs to."""
+    """The named mazes with each of their goals, on the largest map among them.
+
+    -> a Level of numpy arrays (K, ...), and for each the index (K,) of its name.
+    """
     size = max(HELD_OUT[name].size for name in names)
     levels, owners = [], []
     for owner, name in enumerate(names):

@@ -1,0 +1,345 @@
+"""PLR, prioritised level replay (Jiang et al., 2010.03934), and robust PLR (2110.02439), as minimax has them (2311.12716).
+
+A buffer keeps the random mazes on which the agent has most to learn. Each cycle either tries new random mazes, to score them, or
+plays mazes drawn from the buffer again. Robust PLR learns (PPO, an LSTM agent) from replayed mazes only; plain PLR from both. What
+counts is how many hand-made mazes it has never seen it then solves.
+
+Run:     python algos/plr.py              (4 seeds of robust PLR; --no-robust for PLR; --parallel for the parallel form;
+                                          --preset paper for the paper's scale)
+Expect:  see results/ued/README.md
+
+Differs from minimax's PLR (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
+ 1. Whether an update replays is drawn from the update's index, the same for all seeds (drawn per run), so that seeds trained in one
+    program take the same branch and none pays for both.
+ 2. `num_updates` counts cycles (PPO updates); the metric ppo_updates counts those.
+ 3. A level's best return is kept for good (overwritten by the latest rollout's, which makes MaxMC forget).
+ 4. Levels are equal when all of a level is, the agent's direction too (all but the direction).
+ 5. Orthogonal initialisation of every layer; the last policy layer with gain 0.01 (filled with 0.01).
+ 6. The parallel form of plain PLR learns from new and replayed levels alike (minimax has the robust form only).
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from common.config import RunConfig, cli, require, require_multiple, require_range
+from common.devices import shard_batch
+from common.env import reset_from_bank, select, step_from_bank
+from common.level_buffer import (
+    LevelBuffer,
+    Trial,
+    age_buffer,
+    init_buffer,
+    max_episode_return,
+    max_mc,
+    positive_value_loss,
+    replay_weights,
+    sample_replay,
+    update_buffer,
+)
+from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
+from common.ppo import Batch, gae, play_episodes, ppo_update, rollout
+from common.run import Train, nothing_like, run
+from envs.maze import HELD_OUT, EnvParams, Maze, fixed_levels, held_out_levels, shortest_solution
+
+MAZES = list(HELD_OUT)
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """PLR's settings; the defaults are minimax's for robust PLR."""
+
+    num_updates: int = 60_000
+    """Cycles per seed: each plays a batch of levels, new or replayed."""
+    num_envs: int = 32
+    """Levels played side by side in each batch."""
+    num_steps: int = 256
+    """Steps on each level between two updates; an episode that ends begins again on the same level."""
+    parallel: bool = False
+    """New and replayed levels in one wide batch at every update (minimax's parallel PLR)."""
+    robust: bool = True
+    """Learn from replayed levels only (robust PLR), or from new ones too (PLR)."""
+
+    buffer_size: int = 4000
+    """Levels kept."""
+    min_fill: float = 0.5
+    """Share of the buffer that must be filled before levels are replayed."""
+    replay_prob: float = 0.5
+    """Probability that a cycle replays levels rather than tries new ones (1 when --parallel)."""
+    staleness_coef: float = 0.3
+    """Weight of a level's age against its score in the replay distribution (rho)."""
+    temperature: float = 0.3
+    """Temperature of the score's part of the replay distribution (beta); small prefers the best ranks."""
+    score: Literal["max_mc", "positive_value_loss"] = "max_mc"
+    """What makes a level worth keeping."""
+    num_walls: int = 60
+    """Wall cells drawn for a new level (with replacement)."""
+
+    lr: float = 3e-4
+    """Learning rate of Adam."""
+    gamma: float = 0.999
+    """Discount factor."""
+    gae_lambda: float = 0.98
+    """Lambda of generalised advantage estimation."""
+    num_epochs: int = 5
+    """PPO passes over each rollout."""
+    num_minibatches: int = 1
+    """Groups of environments that each pass is split into."""
+    clip_eps: float = 0.2
+    """PPO's clipping range, of the ratio and of the value."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Largest global norm of a gradient."""
+
+    hidden: int = 256
+    """Width of the LSTM."""
+    eval_episodes: int = 10
+    """Episodes on each held-out maze at an evaluation."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("num_envs", "num_steps", "num_epochs", "num_minibatches", "hidden", "eval_episodes"):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        require_multiple(self, "num_envs", "num_minibatches")
+        require_range(self, 0, 1, "gamma", "gae_lambda", "replay_prob", "staleness_coef", "min_fill")
+        require_range(self, 0, 167, "num_walls")
+        require(self.lr > 0, f"--lr {self.lr}: must be positive")
+        require(self.temperature > 0, f"--temperature {self.temperature}: must be positive")
+        least = self.num_envs * (2 if self.parallel else 1)
+        require(self.buffer_size >= least, f"--buffer-size {self.buffer_size}: must be at least a batch, {least}")
+
+    @property
+    def split_size(self) -> int:
+        return self.num_envs
+
+
+PAPER = Config(preset="paper", log_every=50, eval_every=1000, save_every=1000)
+CPU = replace(
+    PAPER, preset="cpu", num_seeds=4, num_updates=400, log_every=10, eval_every=50, save_every=50,
+    hidden=64, buffer_size=1000, lr=1e-3, gamma=0.995, gae_lambda=0.95, num_minibatches=4,
+)  # fmt: skip
+
+
+class State(NamedTuple):
+    """All of one seed's run."""
+
+    params: Any
+    opt_state: Any
+    buffer: LevelBuffer
+    env_steps: jax.Array  # () int32
+    ppo_updates: jax.Array  # () int32
+    key: jax.Array
+
+
+# --- networks
+
+
+def init_agent(key, num_actions: int, hidden: int) -> dict:
+    """The student: a convolution, an embedding of the direction, an LSTM, a policy head and a value head."""
+    keys = jax.random.split(key, 6)
+    return {
+        "conv": init_conv(keys[0], 3, 3, 16),
+        "direction": orthogonal(keys[1], (4, 5)),
+        "lstm": init_lstm(keys[2], 3 * 3 * 16 + 5, hidden),
+        "heads": init_dense(keys[3], hidden, 32 + 32),
+        "policy": init_dense(keys[4], 32, num_actions, 0.01),
+        "value": init_dense(keys[5], 32, 1, 1.0),
+    }
+
+
+def agent(params, obs, reset, hstate):
+    """obs (T, N, ...), reset (T, N), hstate 2 x (N, hidden) -> logits (T, N, 7), value (T, N), hstate."""
+    view = jax.nn.relu(conv(params["conv"], obs.image / 10.0, 3))
+    x = jnp.concatenate([view.reshape(*view.shape[:2], -1), params["direction"][obs.direction]], axis=-1)
+    x, hstate = lstm(params["lstm"], x, reset, hstate)
+    policy, value = jnp.split(jnp.tanh(dense(params["heads"], x)), 2, axis=-1)
+    return dense(params["policy"], policy), dense(params["value"], value)[..., 0], hstate
+
+
+def init_hstate(num_envs: int, hidden: int):
+    """The LSTM's state before an episode."""
+    return jnp.zeros((num_envs, hidden)), jnp.zeros((num_envs, hidden))
+
+
+# --- training
+
+
+def play_levels(key, params, levels, best_return, config: Config, index=-1) -> tuple[Batch, Trial]:
+    """Plays every level (N, ...) for num_steps steps, over and over -> what PPO learns from, and what the buffer is told.
+
+    best_return (N,) is the best that is known of each level before, -inf for none.
+    """
+    env, num = Maze(), levels.agent_dir.shape[0]
+    bank = shard_batch(jax.tree.map(lambda x: x[:, None], levels))
+    hstate = shard_batch(init_hstate(num, config.hidden))
+
+    def reset():
+        return jax.vmap(partial(reset_from_bank, env, params=EnvParams()))(bank)
+
+    def step(key, state, action):
+        return jax.vmap(partial(step_from_bank, env, key, params=EnvParams()))(state, action, bank)
+
+    traj, last_value = rollout(key, agent, params, reset, step, hstate, config.num_steps)
+    adv, target = gae(traj.reward, traj.value, traj.done, last_value, config.gamma, config.gae_lambda)
+    best_return = jnp.maximum(max_episode_return(traj.reward, traj.done), best_return)
+    use_mc = config.score == "max_mc"
+    score = max_mc(traj.value, traj.done, best_return) if use_mc else positive_value_loss(adv, traj.done)
+    index, edits = jnp.broadcast_to(index, num), jnp.zeros(num, jnp.int32)
+    return Batch(traj, adv, target, hstate), Trial(levels, score, best_return, edits, index)
+
+
+def make_train(config: Config) -> Train:
+    """PLR as pure functions of one seed."""
+    env, num = Maze(num_walls=config.num_walls), config.num_envs
+    prioritise = dict(temperature=config.temperature, staleness_coef=config.staleness_coef)
+    tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(config.lr, eps=1e-5))
+
+    def init(key):
+        key, key_params = jax.random.split(key)
+        params = init_agent(key_params, env.num_actions, config.hidden)
+        buffer = init_buffer(jax.eval_shape(env.sample_level, key), config.buffer_size)
+        return State(params, tx.init(params), buffer, jnp.int32(0), jnp.int32(0), key)
+
+    def sample_levels(key, num):
+        return jax.vmap(env.sample_level)(jax.random.split(key, num))
+
+    def draw(key, buffer, replay):
+        """Replayed levels or, where replay is off, new ones -> levels, their slots (-1: new), best returns, the buffer aged."""
+        key_new, key_replay = jax.random.split(key)
+        index, drawn = sample_replay(key_replay, buffer, num, **prioritise)
+        stored = jax.tree.map(lambda x: x[index], (buffer.levels, buffer.max_return))
+        fresh = (sample_levels(key_new, num), jnp.full(num, -jnp.inf))
+        levels, best = select(replay, stored, fresh)
+        age = jnp.where(replay, drawn.age, age_buffer(buffer, num).age)
+        return levels, jnp.where(replay, index, -1), best, buffer._replace(age=age)
+
+    def learn(key, state, batch, do):
+        """PPO on a batch, kept where `do` is set -> params, opt_state, diagnostics (NaN where it is not)."""
+        params, opt_state, info = ppo_update(key, agent, tx, state.params, state.opt_state, batch, config)
+        params, opt_state = select(do, (params, opt_state), (state.params, state.opt_state))
+        return params, opt_state, jax.tree.map(lambda x: jnp.where(do, x, jnp.nan), info)
+
+    def is_warm(buffer):
+        return buffer.size >= config.min_fill * config.buffer_size
+
+    def update(state: State, t):
+        """One cycle (2110.02439, Algorithm 1): new levels, or replayed ones; when robust, the former are only scored."""
+        key, key_draw, key_play, key_learn = jax.random.split(state.key, 4)
+        turn = jax.random.uniform(jax.random.fold_in(jax.random.key(0), t)) < config.replay_prob
+        replay = turn & is_warm(state.buffer)
+        levels, index, best, buffer = draw(key_draw, state.buffer, replay)
+        batch, trial = play_levels(key_play, state.params, levels, best, config, index)
+        buffer = update_buffer(buffer, trial, **prioritise)
+
+        def only_look():
+            return state.params, state.opt_state, nothing_like(learn, key_learn, state, batch, replay)[-1]
+
+        if config.robust:
+            params, opt_state, info = jax.lax.cond(turn, lambda: learn(key_learn, state, batch, replay), only_look)
+            updates = replay
+        else:
+            params, opt_state, info = learn(key_learn, state, batch, True)
+            updates = 1
+        played = num * config.num_steps
+        state = State(params, opt_state, buffer, state.env_steps + played, state.ppo_updates + updates, key)
+        return state, info | describe(state, batch.traj, levels, replay)
+
+    def update_parallel(state: State, t):
+        """One cycle of the parallel form (2311.12716): new and replayed levels in one batch, PPO on the replayed half if robust."""
+        key, key_draw, key_new, key_play, key_learn = jax.random.split(state.key, 5)
+        replay = is_warm(state.buffer)
+        levels, index, best, buffer = draw(key_draw, state.buffer, replay)
+        new = (sample_levels(key_new, num), jnp.full(num, -1), jnp.full(num, -jnp.inf))
+        wide, index, best = jax.tree.map(lambda *x: jnp.concatenate(x), new, (levels, index, best))
+        batch, trial = play_levels(key_play, state.params, wide, best, config, index)
+        buffer = update_buffer(buffer, trial, **prioritise)
+        replayed = jax.tree.map(lambda x: x[:, num:], batch[:3])
+        if config.robust:
+            batch = Batch(*replayed, init_hstate(num, config.hidden))
+        params, opt_state, info = learn(key_learn, state, batch, replay | (not config.robust))
+        played, updates = 2 * num * config.num_steps, replay | (not config.robust)
+        state = State(params, opt_state, buffer, state.env_steps + played, state.ppo_updates + updates, key)
+        return state, info | describe(state, replayed[0], levels, replay)
+
+    return Train(init, update_parallel if config.parallel else update, partial(evaluate, config), config.num_updates)
+
+
+def describe(state: State, traj, levels, replay) -> dict:
+    """Metrics of a cycle. What is float is NaN where nothing was replayed."""
+    episodes = jnp.maximum(traj.done.sum(), 1)
+    floats = {
+        "return": traj.reward.sum() / episodes,
+        "solve_rate": (traj.reward > 0).sum() / episodes,
+        "walls": levels.walls.sum((1, 2)).mean(),
+    }
+    floats = {name: jnp.where(replay, x, jnp.nan) for name, x in floats.items()}
+    return floats | {"buffer": state.buffer.size, "env_steps": state.env_steps, "ppo_updates": state.ppo_updates}
+
+
+# --- evaluation
+
+
+def play_held_out(key, policy, params, config: Config, names=MAZES):
+    """Solve rates (len(names),) on held-out mazes, and the film of the first episode on Labyrinth: EnvState (steps, ...)."""
+    env, film = Maze(), names.index("Labyrinth") * config.eval_episodes
+    key_levels, key_play = jax.random.split(key)
+    levels, limits = held_out_levels(key_levels, names, config.eval_episodes)
+    levels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), levels)
+    env_params = EnvParams(jnp.repeat(limits, config.eval_episodes))
+
+    def reset():
+        state = jax.vmap(env.reset_to_level)(levels, env_params)
+        return jax.vmap(env.get_obs)(state), state
+
+    def step(key, state, action):
+        obs, state, reward, terminated, _ = jax.vmap(partial(env.step_env, key))(state, action, env_params)
+        return obs, state, reward, terminated | env.is_truncated(state, env_params)
+
+    hstate = init_hstate(len(names) * config.eval_episodes, config.hidden)
+    pose = lambda state: (state.agent_pos[film], state.agent_dir[film])
+    episodes = play_episodes(key_play, policy, params, reset, step, hstate, int(limits.max()), pose)
+    solved = (episodes.total_reward > 0).reshape(len(names), -1).mean(1)
+    return solved, episodes.record
+
+
+def random_walk(params, obs, reset, hstate):
+    """A policy that turns and walks at random and never idles."""
+    logits = jnp.array([0.0, 0, 0, -jnp.inf, -jnp.inf, -jnp.inf, -jnp.inf])
+    return jnp.broadcast_to(logits, (*reset.shape, 7)), jnp.zeros(reset.shape), hstate
+
+
+def evaluate(config: Config, state: State) -> dict:
+    """Solve rates on the held-out mazes, how hard the buffer's mazes are, pictures of the best of them, a film in Labyrinth."""
+    env = Maze()
+    key_play, key_walk, key_sample = jax.random.split(jax.random.fold_in(state.key, 0), 3)
+    solved, (pos, direction) = play_held_out(key_play, agent, state.params, config)
+    walked, _ = play_held_out(key_walk, random_walk, (), config)
+    buffer = state.buffer
+    weights = replay_weights(buffer, config.temperature, config.staleness_coef)
+    index = jax.random.categorical(key_sample, jnp.log(weights), shape=(64,))
+    sample = jax.tree.map(lambda x: x[index], buffer.levels)
+    steps, path = jax.vmap(shortest_solution)(sample)
+    best = jax.tree.map(lambda x: x[jax.lax.top_k(-buffer.rank, 10)[1]], buffer.levels)
+    labyrinth = jax.tree.map(lambda x: x[0], fixed_levels(["Labyrinth"])[0])
+    film = jax.vmap(lambda pos, dir: env.render(labyrinth._replace(agent_pos=pos, agent_dir=dir)))(pos[:250], direction[:250])
+    return {
+        "heldout_solve_rate": solved.mean(),
+        "random_walk_solve_rate": walked.mean(),
+        **{f"solve/{name}": solved[i] for i, name in enumerate(MAZES)},
+        "buffer_walls": sample.walls.sum((1, 2)).mean(),
+        "buffer_path": path.sum() / jnp.maximum((path > 0).sum(), 1),
+        "buffer_unsolvable": (path == 0).mean(),
+        "mazes": jnp.concatenate(list(jax.vmap(env.render)(best)), axis=1),
+        "labyrinth": film,
+    }
+
+
+if __name__ == "__main__":
+    run(cli(Config, __doc__, {"cpu": CPU, "paper": PAPER}), make_train, highlights=("return", "heldout_solve_rate"))

@@ -1,0 +1,125 @@
+"""What every algorithm file promises, checked on each of them at a tiny size."""
+
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common.config import RunConfig
+from common.devices import make_mesh
+from common.run import Programs, train_fn
+
+pytestmark = pytest.mark.timeout(240)
+ROOT = Path(__file__).resolve().parents[2]
+METHODS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
+SMALL = dict(num_envs=4, num_steps=16, hidden=8, eval_episodes=1, num_epochs=1, num_minibatches=2, buffer_size=16, min_fill=0.2)
+RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
+VARIANTS = [(name, {}) for name in METHODS]
+VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
+
+
+def tiny(name, **changes):
+    """The module and its smallest useful Config."""
+    module = importlib.import_module(f"algos.{name}")
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    settings = SMALL | RUN | changes
+    return module, dataclasses.replace(module.CPU, **{k: v for k, v in settings.items() if k in fields})
+
+
+def make(name, **changes):
+    module, config = tiny(name, **changes)
+    return config, module.make_train(config)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_file_says_how_to_run_it_and_what_differs(name):
+    module, _ = tiny(name)
+    for heading in ("Run:", "Expect:", "Differs from"):
+        assert heading in module.__doc__
+    assert f"python algos/{name}.py" in module.__doc__
+    assert re.search(r"\b\d{4}\.\d{4,5}\b", module.__doc__), "no arXiv id"
+    assert issubclass(module.Config, RunConfig) and module.Config.__dataclass_params__.frozen
+    assert {module.CPU.preset, module.PAPER.preset} == {"cpu", "paper"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_imports_run_one_way(name):
+    source = (ROOT / "algos" / f"{name}.py").read_text()
+    assert not re.search(r"^(from|import) (algos|results|tests)\b", source, re.M)
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=lambda x: str(x))
+def test_programs_are_fit_for_cpu_and_seeds(name, changes):
+    """No convolution and no LAPACK under vmapped seeds; choices made from the shared index stay branches."""
+    config, train = make(name, **changes)
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    states = jax.eval_shape(jax.vmap(train.init), keys)
+    text = str(jax.make_jaxpr(jax.vmap(train.init))(keys))
+    text += str(jax.make_jaxpr(jax.vmap(train.evaluate))(states))
+    update = str(jax.make_jaxpr(jax.vmap(train.update, (0, None)))(states, jnp.int32(0)))
+    for primitive in ("conv_general_dilated", " qr", "cholesky", "eigh", " svd", "callback"):
+        assert primitive not in text + update, primitive
+    branching = name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel
+    assert ("cond[" in update) == branching
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=lambda x: str(x))
+def test_trains_resumes_and_repeats(name, changes):
+    """Two seeds: finite metrics of the right shape; learning changes the parameters; a run in two halves with its state taken
+    through numpy ends bit for bit where one in one go does; seed 1 alone does what it does beside seed 0."""
+    config, train = make(name, **changes)
+    mesh = jax.make_mesh((1, 1), ("seed", "data"), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        programs = Programs(config, train, mesh)
+        programs.compile()
+        start = jax.tree.map(np.asarray, programs.init().params)
+        whole, first = programs.chunk(programs.init(), 0)
+        halfway = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, whole)
+        halfway = jax.tree.map(np.asarray, halfway)
+        whole, second = programs.chunk(whole, 2)
+        again = halfway._replace(key=jax.random.wrap_key_data(jnp.asarray(halfway.key)))
+        resumed, second_again = programs.chunk(programs.place(again), 2)
+        results = programs.evaluate(resumed)
+    assert all(value.shape == (2, 2) for value in first.values())
+    chex_equal(second, second_again)
+    chex_equal(whole, resumed)
+    changed = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), start, whole.params))
+    assert any(changed), "nothing was learned"
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.tree.map(np.asarray, whole.params)))
+    assert not np.array_equal(*jax.tree.leaves(whole.params)[0]), "the seeds do the same"
+    scalars = {k: v for k, v in results.items() if v.ndim == 1}
+    assert "heldout_solve_rate" in scalars and all(v.shape == (2,) for v in scalars.values())
+
+
+def chex_equal(a, b):
+    """Bitwise equality of pytrees, keys included."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.mark.parametrize("name", ["accel", "dr"])
+def test_devices_agree(name):
+    """One seed split over two devices, two seeds on two devices, and `jit(vmap(train_fn))` all give the same numbers."""
+    config, train = make(name, num_seeds=2)
+    expected, _ = jax.jit(jax.vmap(train_fn(train)))(jax.vmap(jax.random.key)(jnp.arange(2)))
+    for num_seeds, shape in ((2, (2, 1)), (1, (1, 2))):
+        config = dataclasses.replace(config, num_seeds=num_seeds)
+        mesh = make_mesh(num_seeds, config.split_size)
+        assert mesh.devices.shape == shape
+        with jax.set_mesh(mesh):
+            programs = Programs(config, train, mesh)
+            programs.compile()
+            state, _ = programs.chunk(programs.init(), 0)
+            state, _ = programs.chunk(state, 2)
+            text = programs._chunk.as_text()
+        if shape == (2, 1):
+            assert not re.search(r"all-reduce|all-gather|all-to-all|collective-permute", text), "seeds talk to each other"
+        for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+            np.testing.assert_allclose(np.asarray(x), np.asarray(y)[:num_seeds], atol=2e-4)
