@@ -118,10 +118,11 @@ class Config(RunConfig):
         return self.num_envs
 
 
-PAPER = Config(preset="paper", log_every=50, eval_every=1000, save_every=1000)
+PAPER = Config(log_every=50, eval_every=1000, save_every=1000, preset="paper")
 CPU = replace(
     PAPER, preset="cpu", num_seeds=4, num_updates=400, log_every=10, eval_every=50, save_every=50,
-    hidden=64, buffer_size=1000, lr=1e-3, gamma=0.995, gae_lambda=0.95, num_minibatches=4, num_edits=10,
+    hidden=64, lr=1e-3, gamma=0.995, gae_lambda=0.95, ent_coef=1e-2, num_minibatches=4,
+    buffer_size=1000, min_fill=0.25, temperature=1.0, num_edits=50,
 )  # fmt: skip
 
 
@@ -322,26 +323,29 @@ def random_walk(params, obs, reset, hstate):
 
 def evaluate(config: Config, state: State) -> dict:
     """Solve rates on the held-out mazes, how hard the buffer's mazes are, pictures of the best of them, a film in Labyrinth."""
-    env = Maze()
-    key_play, key_walk, key_sample = jax.random.split(jax.random.fold_in(state.key, 0), 3)
+    key_play, key_walk, key_sample, key_new = jax.random.split(jax.random.fold_in(state.key, 0), 4)
     solved, (pos, direction) = play_held_out(key_play, agent, state.params, config)
     walked, _ = play_held_out(key_walk, random_walk, (), config)
-    buffer = state.buffer
+    env, buffer = Maze(num_walls=config.num_walls), state.buffer
     weights = replay_weights(buffer, config.temperature, config.staleness_coef)
     index = jax.random.categorical(key_sample, jnp.log(weights), shape=(64,))
     sample = jax.tree.map(lambda x: x[index], buffer.levels)
-    steps, path = jax.vmap(shortest_solution)(sample)
+    _, path = jax.vmap(shortest_solution)(sample)
+    replayed = {
+        "buffer_walls": sample.walls.sum((1, 2)).mean(),
+        "buffer_path": path.sum() / jnp.maximum((path > 0).sum(), 1),
+        "buffer_unsolvable": (path == 0).mean(),
+        "buffer_edits": buffer.edits[index].mean(),
+    }
     best = jax.tree.map(lambda x: x[jax.lax.top_k(-buffer.rank, 10)[1]], buffer.levels)
+    best = select(buffer.size > 0, best, jax.vmap(env.sample_level)(jax.random.split(key_new, 10)))
     labyrinth = jax.tree.map(lambda x: x[0], fixed_levels(["Labyrinth"])[0])
     film = jax.vmap(lambda pos, dir: env.render(labyrinth._replace(agent_pos=pos, agent_dir=dir)))(pos[:250], direction[:250])
     return {
         "heldout_solve_rate": solved.mean(),
         "random_walk_solve_rate": walked.mean(),
         **{f"solve/{name}": solved[i] for i, name in enumerate(MAZES)},
-        "buffer_walls": sample.walls.sum((1, 2)).mean(),
-        "buffer_path": path.sum() / jnp.maximum((path > 0).sum(), 1),
-        "buffer_unsolvable": (path == 0).mean(),
-        "buffer_edits": buffer.edits[index].mean(),
+        **{name: jnp.where(buffer.size > 0, x, jnp.nan) for name, x in replayed.items()},
         "mazes": jnp.concatenate(list(jax.vmap(env.render)(best)), axis=1),
         "labyrinth": film,
     }

@@ -60,9 +60,9 @@ def init_lstm(key: jax.Array, n_in: int, hidden: int) -> dict:
 
     Every gate's two blocks, input and recurrent, are orthogonal.
     """
-    keys = jax.random.split(key, (4, 2))
-    blocks = [[orthogonal(k[0], (hidden, n_in)), orthogonal(k[1], (hidden, hidden))] for k in keys]
-    return {"w": jnp.block(blocks), "b": jnp.zeros(4 * hidden)}
+    keys = jax.random.split(key, (2, 4))
+    wx, wh = (jax.vmap(lambda k, n=n: orthogonal(k, (hidden, n)))(keys[i]) for i, n in enumerate((n_in, hidden)))
+    return {"w": jnp.concatenate([wx, wh], axis=-1).reshape(4 * hidden, n_in + hidden), "b": jnp.zeros(4 * hidden)}
 
 
 def lstm(params: dict, x: jax.Array, reset: jax.Array, carry: tuple[jax.Array, jax.Array]):

@@ -158,13 +158,13 @@ class Episodes(NamedTuple):
 
     total_reward: jax.Array  # (N,)
     length: jax.Array  # (N,) int32
-    record: Any  # (max_steps, ...): what `record` gave after every step; zeros once all had ended
+    record: Any  # (max_steps, ...): what `record` gave after every step, its last value repeated once all had ended
 
 
 def play_episodes(key, policy: Callable, params, reset, step, hstate, max_steps: int, record=lambda env_state: ()) -> Episodes:
     """Plays one episode of each of N environments with sampled actions, until the last has ended or `max_steps` have passed.
 
-    `reset` and `step` as for `rollout`, except that an environment may go on as it likes after its `done`: that is not counted.
+    `reset` and `step` as for `rollout`, but `step` need not begin a new episode: an environment stays where its own ended.
     """
     key_env, key_act = jax.random.split(key)
     obs, env_state = reset()
@@ -181,11 +181,13 @@ def play_episodes(key, policy: Callable, params, reset, step, hstate, max_steps:
         first = jnp.full((1, num_envs), t == 0)
         logits, _, hstate = policy(params, jax.tree.map(lambda x: x[None], obs), first, hstate)
         action = jax.random.categorical(jax.random.fold_in(key_act, t), logits[0])
-        obs, env_state, reward, done = step(jax.random.fold_in(key_env, t), env_state, action)
+        obs, moved, reward, done = step(jax.random.fold_in(key_env, t), env_state, action)
+        env_state = jax.tree.map(lambda x, y: jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, env_state)
         trace = jax.tree.map(lambda all, x: all.at[t].set(x), trace, record(env_state))
         return t + 1, live & ~done, obs, env_state, hstate, total + reward * live, length + live, trace
 
     zeros = jnp.zeros(num_envs)
     carry = (jnp.int32(0), jnp.ones(num_envs, bool), obs, env_state, hstate, zeros, zeros.astype(jnp.int32), trace)
-    *_, total, length, trace = jax.lax.while_loop(going_on, play, carry)
-    return Episodes(total, length, trace)
+    steps, *_, total, length, trace = jax.lax.while_loop(going_on, play, carry)
+    played = jnp.minimum(jnp.arange(max_steps), steps - 1)
+    return Episodes(total, length, jax.tree.map(lambda x: x[played], trace))

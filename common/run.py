@@ -333,12 +333,11 @@ def progress_bar(console, num_updates: int, start: int):
         MofNCompleteColumn,
         Progress,
         TextColumn,
-        TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
-    columns = (BarColumn(30), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeElapsedColumn())
-    progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"), console=console)
+    columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True))
+    progress = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=console)
 
     @contextlib.contextmanager
     def context():
@@ -349,7 +348,7 @@ def progress_bar(console, num_updates: int, start: int):
             def bar(update, metrics):
                 rate = (update - start) / (time.perf_counter() - began)
                 shown = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-                progress.update(task, completed=update, rate=f"{rate:.2g} updates/s", metrics=shown)
+                progress.update(task, completed=update, rate=f"{rate:.2g}/s", metrics=shown)
 
             yield bar
 

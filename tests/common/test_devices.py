@@ -1,0 +1,100 @@
+"""Meshes over devices, and imports that leave the backend alone."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from common.config import UsageError
+from common.devices import make_mesh, shard_batch
+
+pytestmark = pytest.mark.timeout(120)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    "num_seeds, split_size, shape",
+    [(4, 32, (2, 1)), (1, 32, (1, 2)), (3, 32, (1, 2)), (2, 33, (2, 1)), (6, 1, (2, 1)), (5, 2, (1, 2))],
+)
+def test_make_mesh(num_seeds, split_size, shape):
+    assert jax.device_count() == 2, "the tests expect JAX_NUM_CPU_DEVICES=2"
+    mesh = make_mesh(num_seeds, split_size)
+    assert mesh.axis_names == ("seed", "data") and mesh.devices.shape == shape
+    assert set(mesh.devices.ravel()) == set(jax.devices())
+
+
+@pytest.mark.parametrize("num_seeds, split_size", [(1, 33), (3, 33), (5, 1)])
+def test_make_mesh_refuses_what_does_not_divide(num_seeds, split_size):
+    with pytest.raises(UsageError, match=f"{num_seeds} seeds on 2 devices") as caught:
+        make_mesh(num_seeds, split_size)
+    assert "\n" not in str(caught.value)
+
+
+def test_shard_batch():
+    """Without a mesh nothing happens; with one the axis is split, under vmap over the seeds, and the numbers stay."""
+    x = np.arange(3 * 8 * 5, dtype=np.float32).reshape(3, 8, 5)
+    assert shard_batch(x) is x
+    mesh = make_mesh(3, 8)
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.vmap(lambda x: shard_batch({"x": 2 * x})["x"], spmd_axis_name="seed"))
+        y = run(jax.device_put(x, NamedSharding(mesh, PartitionSpec("seed"))))
+        z = jax.jit(jax.vmap(lambda x: shard_batch(2 * x.T, axis=1), spmd_axis_name="seed"))(x)
+    np.testing.assert_array_equal(y, 2 * x)
+    np.testing.assert_array_equal(z, 2 * x.transpose(0, 2, 1))
+    assert {shard.data.shape for shard in y.addressable_shards} == {(3, 4, 5)}
+    assert {shard.data.shape for shard in z.addressable_shards} == {(3, 5, 4)}
+
+
+def run_python(code, **env):
+    """What the code prints, run in a fresh interpreter from the root of the repository."""
+    hidden = ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+    env = {k: v for k, v in os.environ.items() if k not in hidden} | env
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_imports_leave_the_backend_alone():
+    """A backend started by an import would come before the devices are chosen, and before several hosts join."""
+    names = [f"{folder}.{path.stem}" for folder in ("common", "envs", "algos") for path in sorted((ROOT / folder).glob("*.py"))]
+    assert {"common.ppo", "envs.maze", "algos.accel"} <= set(names)
+    code = (
+        f"import importlib, sys, jax\nfrom jax._src import xla_bridge\nfor name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert not xla_bridge.backends_are_initialized(), name\n"
+        "    assert not any(module.split('.')[0] == 'gymnax' for module in sys.modules), name\n"
+        "jax.devices()\nassert xla_bridge.backends_are_initialized()\nprint('fine')"
+    )
+    assert run_python(code) == ["fine"]
+
+
+SETUP = "import jax; from common.devices import setup_devices; setup_devices({cache!r}); print(jax.device_count(), {shown})"
+CACHE_DIR = "jax.config.jax_compilation_cache_dir"
+
+
+def test_setup_devices_takes_every_core(tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    assert run_python(SETUP.format(cache="none", shown=CACHE_DIR)) == [str(cores), "None"]
+    code = SETUP.format(cache="~/programs", shown=CACHE_DIR)
+    assert run_python(code, HOME=str(tmp_path)) == [str(cores), str(tmp_path / "programs")]
+
+
+@pytest.mark.parametrize("env", [{"JAX_NUM_CPU_DEVICES": "3"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}])
+def test_setup_devices_respects_what_was_asked_for(env):
+    assert run_python(SETUP.format(cache="none", shown=0), **env) == ["3", "0"]
+
+
+def test_a_vmapped_program_over_the_mesh_gives_the_same_numbers():
+    x = np.random.default_rng(0).normal(size=(1, 8, 4)).astype(np.float32)
+    function = lambda x: jnp.tanh(shard_batch(x)).sum(0)
+    expected = jax.jit(jax.vmap(function))(x)
+    with jax.set_mesh(make_mesh(1, 8)):
+        split = jax.jit(jax.vmap(function, spmd_axis_name="seed"))(x)
+    np.testing.assert_allclose(split, expected, atol=1e-6)
