@@ -5,6 +5,7 @@ agent); then each is edited a little, and a child that scores high joins the buf
 the edge of what the agent can do. What counts is how many hand-made mazes it has never seen it then solves.
 
 Run:     python algos/accel.py            (4 seeds; --preset paper for the paper's scale; --parallel for ACCEL's parallel form)
+
 Expect:  see results/ued/README.md
 
 Differs from minimax's ACCEL (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
@@ -108,6 +109,7 @@ class Config(RunConfig):
         require_multiple(self, "num_envs", "num_minibatches")
         require_range(self, 0, 1, "gamma", "gae_lambda", "replay_prob", "staleness_coef", "min_fill")
         require_range(self, 0, 167, "num_walls")
+        require_range(self, 0, 1000, "clip_eps", "ent_coef", "vf_coef", "max_grad_norm")
         require(self.lr > 0, f"--lr {self.lr}: must be positive")
         require(self.temperature > 0, f"--temperature {self.temperature}: must be positive")
         least = self.num_envs * (3 if self.parallel else 1)

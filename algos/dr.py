@@ -4,6 +4,7 @@ Every episode is on a new random maze; an LSTM agent learns by PPO. It is the ba
 curriculum at all. What counts is how many hand-made mazes it has never seen it then solves.
 
 Run:     python algos/dr.py               (4 seeds; --preset paper for the paper's scale)
+
 Expect:  see results/ued/README.md
 
 Differs from minimax's DR (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
@@ -85,6 +86,7 @@ class Config(RunConfig):
         require_multiple(self, "num_envs", "num_minibatches")
         require_range(self, 0, 1, "gamma", "gae_lambda")
         require_range(self, 0, 167, "num_walls")
+        require_range(self, 0, 1000, "clip_eps", "ent_coef", "vf_coef", "max_grad_norm")
         require(self.lr > 0, f"--lr {self.lr}: must be positive")
 
     @property

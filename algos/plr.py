@@ -6,6 +6,7 @@ counts is how many hand-made mazes it has never seen it then solves.
 
 Run:     python algos/plr.py              (4 seeds of robust PLR; --no-robust for PLR; --parallel for the parallel form;
                                           --preset paper for the paper's scale)
+
 Expect:  see results/ued/README.md
 
 Differs from minimax's PLR (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
@@ -110,6 +111,7 @@ class Config(RunConfig):
         require_multiple(self, "num_envs", "num_minibatches")
         require_range(self, 0, 1, "gamma", "gae_lambda", "replay_prob", "staleness_coef", "min_fill")
         require_range(self, 0, 167, "num_walls")
+        require_range(self, 0, 1000, "clip_eps", "ent_coef", "vf_coef", "max_grad_norm")
         require(self.lr > 0, f"--lr {self.lr}: must be positive")
         require(self.temperature > 0, f"--temperature {self.temperature}: must be positive")
         least = self.num_envs * (2 if self.parallel else 1)

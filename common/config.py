@@ -105,8 +105,9 @@ def cli(config_type: type, doc: str, presets: dict[str, Any] | None = None, args
         die(str(error))
     except SystemExit as stop:
         if stop.code:  # tyro draws a box of several lines: keep its words
-            words = re.sub(r"[╭╮╰╯│─]+", " ", errors.getvalue())
-            die(re.sub(r"\s+", " ", words).strip())
+            words = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", errors.getvalue()).split())
+            words = re.sub(rf"^Value error |Error parsing {config_type.__name__}: | For full helptext.*", "", words)
+            die(words)
         raise
 
 
