@@ -69,34 +69,35 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
 
 
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=lambda x: str(x))
-def test_trains_resumes_and_repeats(name, changes):
+def test_trains_and_resumes(name, changes):
     """Two seeds: finite metrics of the right shape; learning changes the parameters; a run in two halves with its state taken
-    through numpy ends bit for bit where one in one go does; seed 1 alone does what it does beside seed 0."""
+    through numpy ends bit for bit where one in one go does."""
     config, train = make(name, **changes)
     mesh = jax.make_mesh((1, 1), ("seed", "data"), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         programs = Programs(config, train, mesh)
-        programs.compile()
-        start = jax.tree.map(np.asarray, programs.init().params)
-        whole, first = programs.chunk(programs.init(), 0)
+        state = programs.init()
+        start = jax.tree.map(np.asarray, state.params)
+        whole, first = programs.chunk(state, 0)
+        assert jax.tree.leaves(state.params)[0].is_deleted(), "the chunk keeps a copy of its input"
         halfway = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, whole)
-        halfway = jax.tree.map(np.asarray, halfway)
+        halfway = jax.tree.map(np.array, halfway)
         whole, second = programs.chunk(whole, 2)
         again = halfway._replace(key=jax.random.wrap_key_data(jnp.asarray(halfway.key)))
         resumed, second_again = programs.chunk(programs.place(again), 2)
-        results = programs.evaluate(resumed)
+        results = {} if changes else programs.evaluate(resumed)
     assert all(value.shape == (2, 2) for value in first.values())
-    chex_equal(second, second_again)
-    chex_equal(whole, resumed)
+    assert_equal(second, second_again)
+    assert_equal(whole, resumed)
     changed = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), start, whole.params))
     assert any(changed), "nothing was learned"
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.tree.map(np.asarray, whole.params)))
     assert not np.array_equal(*jax.tree.leaves(whole.params)[0]), "the seeds do the same"
-    scalars = {k: v for k, v in results.items() if v.ndim == 1}
-    assert "heldout_solve_rate" in scalars and all(v.shape == (2,) for v in scalars.values())
+    if not changes:
+        assert results["heldout_solve_rate"].shape == (2,) and results["labyrinth"].dtype == np.uint8
 
 
-def chex_equal(a, b):
+def assert_equal(a, b):
     """Bitwise equality of pytrees, keys included."""
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -115,10 +116,9 @@ def test_devices_agree(name):
         assert mesh.devices.shape == shape
         with jax.set_mesh(mesh):
             programs = Programs(config, train, mesh)
-            programs.compile()
+            text = programs._chunk.lower(programs.state_shape, jnp.arange(2)).compile().as_text()
             state, _ = programs.chunk(programs.init(), 0)
             state, _ = programs.chunk(state, 2)
-            text = programs._chunk.as_text()
         if shape == (2, 1):
             assert not re.search(r"all-reduce|all-gather|all-to-all|collective-permute", text), "seeds talk to each other"
         for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
