@@ -25,11 +25,10 @@ from common.config import RunConfig, cli, require, require_multiple, require_ran
 from common.devices import shard_batch
 from common.env import reset_from_bank, step_from_bank
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
-from common.ppo import Batch, gae, play_episodes, ppo_update, rollout
+from common.ppo import Batch, gae, ppo_update, rollout
 from common.run import Train, run
-from envs.maze import HELD_OUT, EnvParams, Maze, fixed_levels, held_out_levels
-
-MAZES = list(HELD_OUT)
+from envs.maze import EnvParams, Maze
+from envs.maze_eval import held_out_results, picture_of
 
 
 @dataclass(frozen=True)
@@ -186,51 +185,12 @@ def make_train(config: Config) -> Train:
 # --- evaluation
 
 
-def play_held_out(key, policy, params, config: Config, names=MAZES):
-    """Solve rates (len(names),) on held-out mazes, and the film of the first episode on Labyrinth: EnvState (steps, ...)."""
-    env, film = Maze(), names.index("Labyrinth") * config.eval_episodes
-    key_levels, key_play = jax.random.split(key)
-    levels, limits = held_out_levels(key_levels, names, config.eval_episodes)
-    levels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), levels)
-    env_params = EnvParams(jnp.repeat(limits, config.eval_episodes))
-
-    def reset():
-        state = jax.vmap(env.reset_to_level)(levels, env_params)
-        return jax.vmap(env.get_obs)(state), state
-
-    def step(key, state, action):
-        obs, state, reward, terminated, _ = jax.vmap(partial(env.step_env, key))(state, action, env_params)
-        return obs, state, reward, terminated | env.is_truncated(state, env_params)
-
-    hstate = init_hstate(len(names) * config.eval_episodes, config.hidden)
-    pose = lambda state: (state.agent_pos[film], state.agent_dir[film])
-    episodes = play_episodes(key_play, policy, params, reset, step, hstate, int(limits.max()), pose)
-    solved = (episodes.total_reward > 0).reshape(len(names), -1).mean(1)
-    return solved, episodes.record
-
-
-def random_walk(params, obs, reset, hstate):
-    """A policy that turns and walks at random and never idles."""
-    logits = jnp.array([0.0, 0, 0, -jnp.inf, -jnp.inf, -jnp.inf, -jnp.inf])
-    return jnp.broadcast_to(logits, (*reset.shape, 7)), jnp.zeros(reset.shape), hstate
-
-
 def evaluate(config: Config, state: State) -> dict:
-    """Solve rates on the held-out mazes, pictures of random mazes as trained on, a film in Labyrinth."""
-    env = Maze(num_walls=config.num_walls)
-    key_play, key_walk, key_sample = jax.random.split(jax.random.fold_in(state.key, 0), 3)
-    solved, (pos, direction) = play_held_out(key_play, agent, state.params, config)
-    walked, _ = play_held_out(key_walk, random_walk, (), config)
-    sample = jax.vmap(env.sample_level)(jax.random.split(key_sample, 10))
-    labyrinth = jax.tree.map(lambda x: x[0], fixed_levels(["Labyrinth"])[0])
-    film = jax.vmap(lambda pos, dir: env.render(labyrinth._replace(agent_pos=pos, agent_dir=dir)))(pos[:250], direction[:250])
-    return {
-        "heldout_solve_rate": solved.mean(),
-        "random_walk_solve_rate": walked.mean(),
-        **{f"solve/{name}": solved[i] for i, name in enumerate(MAZES)},
-        "mazes": jnp.concatenate(list(jax.vmap(env.render)(sample)), axis=1),
-        "labyrinth": film,
-    }
+    """Solve rates and a film on the held-out mazes, and pictures of mazes as trained on."""
+    key_play, key_sample = jax.random.split(jax.random.fold_in(state.key, 0))
+    env, hstate = Maze(num_walls=config.num_walls), partial(init_hstate, hidden=config.hidden)
+    results = held_out_results(key_play, agent, state.params, hstate, config.eval_episodes)
+    return results | {"mazes": picture_of(jax.vmap(env.sample_level)(jax.random.split(key_sample, 10)))}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""How well a policy does in mazes it was not trained on: the evaluation that the maze methods share.
+
+A policy is a function as in common/ppo.py. Actions are sampled; a maze is solved in an episode whose reward is positive; time
+limits are each maze's own, as in minimax (2311.12716).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.ppo import play_episodes
+from envs.maze import HELD_OUT, EnvParams, Level, Maze, fixed_levels, held_out_levels
+
+FILM_STEPS = 250
+
+
+def play_mazes(key, policy, params, hstate, levels: Level, limits, film: int = 0):
+    """One episode on each level (N, ...), at most limits (N,) steps long -> solved (N,) bool, and the poses in episode `film`.
+
+    `hstate` (N, ...) is the policy's first recurrent state; poses: position (T, 2) and direction (T,) after every step.
+    """
+    env, env_params = Maze(), EnvParams(jnp.asarray(limits))
+
+    def reset():
+        state = jax.vmap(env.reset_to_level)(levels, env_params)
+        return jax.vmap(env.get_obs)(state), state
+
+    def step(key, state, action):
+        obs, state, reward, terminated, _ = jax.vmap(partial(env.step_env, key))(state, action, env_params)
+        return obs, state, reward, terminated | env.is_truncated(state, env_params)
+
+    def pose(state):
+        return state.agent_pos[film], state.agent_dir[film]
+
+    episodes = play_episodes(key, policy, params, reset, step, hstate, int(np.max(limits)), pose)
+    return episodes.total_reward > 0, episodes.record
+
+
+def random_walk(params, obs, reset, hstate):
+    """A policy that turns and walks at random and never idles."""
+    logits = jnp.array([0.0, 0, 0, -jnp.inf, -jnp.inf, -jnp.inf, -jnp.inf])
+    return jnp.broadcast_to(logits, (*reset.shape, 7)), jnp.zeros(reset.shape), hstate
+
+
+def held_out_results(key, policy, params, init_hstate, episodes: int) -> dict:
+    """`episodes` episodes on each of the ten fixed mazes.
+
+    -> heldout_solve_rate (the mean over mazes), solve/MAZE, random_walk_solve_rate (of `random_walk` on the same starts), and
+    labyrinth (T, H, W, 3) uint8, the first episode there. `init_hstate(n)` gives the recurrent state of n environments.
+    """
+    names = list(HELD_OUT)
+    key_levels, key_play, key_walk = jax.random.split(key, 3)
+    levels, limits = held_out_levels(key_levels, names, episodes)
+    levels = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), levels)
+    limits, film = np.repeat(limits, episodes), names.index("Labyrinth") * episodes
+    hstate = init_hstate(len(limits))
+    solved, (pos, direction) = play_mazes(key_play, policy, params, hstate, levels, limits, film)
+    walked, _ = play_mazes(key_walk, random_walk, (), (), levels, limits)
+    rates = solved.reshape(len(names), episodes).mean(1)
+    return {
+        "heldout_solve_rate": rates.mean(),
+        "random_walk_solve_rate": walked.mean(),
+        **{f"solve/{name}": rates[i] for i, name in enumerate(names)},
+        "labyrinth": film_of("Labyrinth", pos[:FILM_STEPS], direction[:FILM_STEPS]),
+    }
+
+
+def film_of(name: str, pos, direction) -> jax.Array:
+    """The poses of an agent drawn into a fixed maze: (T, H, W, 3) uint8."""
+    level = jax.tree.map(lambda x: x[0], fixed_levels([name])[0])
+    frame = lambda pos, direction: Maze().render(level._replace(agent_pos=pos, agent_dir=direction))
+    return jax.vmap(frame)(pos, direction)
+
+
+def picture_of(levels: Level) -> jax.Array:
+    """Levels (N, ...) drawn side by side: (H, N W, 3) uint8."""
+    return jnp.concatenate(list(jax.vmap(Maze().render)(levels)), axis=1)
