@@ -76,8 +76,7 @@ def load(path: Path, template):
             if array.shape != expected.shape or array.dtype != dtype:
                 raise UsageError(f"{path}: {name} is {array.dtype}{list(array.shape)}, this run has {dtype}{list(expected.shape)}")
             array = array.view(jax.numpy.bfloat16) if is_bf16 else array
-            impl = jax.random.key_impl(like) if is_key else None
-            leaves.append(jax.random.wrap_key_data(array, impl=impl) if is_key else array)
+            leaves.append(jax.random.wrap_key_data(array) if is_key else array)
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 

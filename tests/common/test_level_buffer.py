@@ -177,6 +177,20 @@ def test_a_level_evicted_earlier_in_the_batch_counts_as_new():
     assert slow.edits == [2, 2, 1] and slow.max_return == [-2, -2, -1]  # 3 came back as a new level
 
 
+def test_a_level_of_zeros_is_no_empty_slot():
+    settings = dict(temperature=0.3, staleness_coef=0.5)
+    update = jax.jit(partial(update_buffer, **settings))
+    buffer, slow = empty_buffer(3), SlowBuffer(3)
+    assert not any(x.any() for x in make_levels([0]))
+    for numbers, score in (([0, 5], [1.0, 2.0]), ([5, 0], [0.0, 3.0])):
+        edits, max_return = [7, 8], [0.5, 0.25]
+        trial = Trial(make_levels(numbers), np.float32(score), np.float32(max_return), np.int32(edits), np.int32([-1, -1]))
+        buffer = update(buffer, trial)
+        slow.update(numbers, score, max_return, edits, **settings)
+        slow.assert_equals(buffer)
+    assert slow.number == [0, 5] and slow.edits == [7, 8]
+
+
 def test_a_full_buffer_keeps_the_best_without_staleness():
     """Every level new, one by one and in batches: what stays are the highest scores."""
     rng = np.random.default_rng(0)
