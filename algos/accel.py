@@ -4,7 +4,9 @@ A buffer keeps the mazes on which the agent has most to learn. Mazes drawn from 
 agent); then each is edited a little, and a child that scores high joins the buffer. Starting from empty rooms, hard mazes evolve at
 the edge of what the agent can do. What counts is how many hand-made mazes it has never seen it then solves.
 
-Run:     python algos/accel.py            (4 seeds; --preset paper for the paper's scale; --parallel for ACCEL's parallel form)
+Run:     python algos/accel.py            (4 seeds; --parallel for the parallel form)
+
+Paper:   --preset paper; its parallel form also sets --parallel --lr 1e-4 --ent-coef 1e-3
 
 Expect:  see results/ued/README.md
 

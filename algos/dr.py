@@ -3,7 +3,7 @@
 Every episode is on a new random maze; an LSTM agent learns by PPO. It is the baseline of unsupervised environment design: no
 curriculum at all. What counts is how many hand-made mazes it has never seen it then solves.
 
-Run:     python algos/dr.py               (4 seeds; --preset paper for the paper's scale)
+Run:     python algos/dr.py               (4 seeds; --preset paper for minimax's own numbers)
 
 Expect:  see results/ued/README.md
 

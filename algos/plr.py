@@ -4,8 +4,9 @@ A buffer keeps the random mazes on which the agent has most to learn. Each cycle
 plays mazes drawn from the buffer again. Robust PLR learns (PPO, an LSTM agent) from replayed mazes only; plain PLR from both. What
 counts is how many hand-made mazes it has never seen it then solves.
 
-Run:     python algos/plr.py              (4 seeds of robust PLR; --no-robust for PLR; --parallel for the parallel form;
-                                          --preset paper for the paper's scale)
+Run:     python algos/plr.py              (4 seeds of robust PLR; --no-robust for PLR; --parallel for the parallel form)
+
+Paper:   --preset paper; its parallel form also sets --parallel --gae-lambda 0.95 --staleness-coef 0.5
 
 Expect:  see results/ued/README.md
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -113,4 +114,4 @@ def cli(config_type: type, doc: str, presets: dict[str, Any] | None = None, args
 
 def as_dict(config) -> dict:
     """A Config as plain JSON values."""
-    return dataclasses.asdict(config)
+    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -190,10 +190,12 @@ class RunFiles:
         if held and not self.config.resume:
             raise UsageError(f"{self.folder} holds a run already: give --resume to go on with it, or another --out")
         found = checkpoint.newest_good(self.folder / "checkpoints") if self.config.resume else None
-        if self.config.resume and not found:
-            raise UsageError(f"--resume: {self.folder / 'checkpoints'} holds no good checkpoint")
+        if self.config.resume and not held:
+            raise UsageError(f"--resume: {self.folder} holds no run")
         if found:
             return self._resume(programs, *found)
+        if held:
+            print(f"{self.folder} holds no good checkpoint yet: beginning anew")
         text = json.dumps(as_dict(self.config), indent=1)
         try:
             checkpoint.write_atomically(self.folder / "config.json", lambda file: file.write(text.encode()))
