@@ -124,7 +124,7 @@ class Config(RunConfig):
 
 PAPER = Config(log_every=50, eval_every=1000, save_every=1000, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=4, num_updates=600, log_every=10, eval_every=50, save_every=50,
+    PAPER, preset="cpu", num_seeds=4, num_updates=520, log_every=10, eval_every=40, save_every=40,
     hidden=64, lr=1e-3, gamma=0.995, gae_lambda=0.95, ent_coef=1e-2, num_minibatches=4,
     buffer_size=1000, min_fill=0.25, temperature=1.0,
 )  # fmt: skip
