@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from common.config import UsageError
@@ -39,22 +40,32 @@ def _is_key(leaf) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _as_numpy(leaf) -> np.ndarray:
-    array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-    return array.view(np.uint16) if array.dtype == jax.numpy.bfloat16 else array
+def _stored(leaf):
+    """What a file holds of a leaf: a key's data, the bits of a bfloat16 (which numpy does not know), else the leaf itself."""
+    if _is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf.view(jnp.uint16) if leaf.dtype == jnp.bfloat16 else leaf
+
+
+def _restored(array: np.ndarray, like):
+    if _is_key(like):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
+    return array.view(jnp.bfloat16) if like.dtype == jnp.bfloat16 else array
 
 
 def save(path: Path, tree, meta: dict) -> None:
     """Writes every leaf of `tree` under its path's name, and `meta` (JSON values) beside them."""
-    arrays = {name: _as_numpy(leaf) for name, leaf in _named_leaves(tree)}
-    arrays[META] = np.array(json.dumps(meta))
+    leaves = _named_leaves(tree)
+    arrays = {name: np.asarray(_stored(leaf)) for name, leaf in leaves}
+    types = {name: str(leaf.dtype) for name, leaf in leaves}
+    arrays[META] = np.array(json.dumps({"meta": meta, "types": types}))
     write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
 def read_meta(path: Path) -> dict:
     """The `meta` of a checkpoint."""
     with np.load(path, allow_pickle=False) as file:
-        return json.loads(str(file[META]))
+        return json.loads(str(file[META]))["meta"]
 
 
 def load(path: Path, template):
@@ -68,15 +79,12 @@ def load(path: Path, template):
         differing = {name for name, _ in wanted} ^ (set(file.files) - {META})
         if differing:
             raise UsageError(f"{path} holds another method's state: {sorted(differing)[0]} is only on one side")
+        types = json.loads(str(file[META]))["types"]
         for name, like in wanted:
-            is_key, is_bf16 = _is_key(like), like.dtype == jax.numpy.bfloat16
-            expected = jax.eval_shape(jax.random.key_data, like) if is_key else like
-            array = file[name]
-            dtype = np.dtype(np.uint16) if is_bf16 else expected.dtype
-            if array.shape != expected.shape or array.dtype != dtype:
-                raise UsageError(f"{path}: {name} is {array.dtype}{list(array.shape)}, this run has {dtype}{list(expected.shape)}")
-            array = array.view(jax.numpy.bfloat16) if is_bf16 else array
-            leaves.append(jax.random.wrap_key_data(array) if is_key else array)
+            array, stored = file[name], jax.eval_shape(_stored, like) if _is_key(like) else like
+            if types[name] != str(like.dtype) or array.shape != stored.shape:
+                raise UsageError(f"{path}: {name} is {types[name]}{list(array.shape)}, this run has {like.dtype}{list(like.shape)}")
+            leaves.append(_restored(array, like))
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
 
 
@@ -89,7 +97,7 @@ def newest_good(folder: Path) -> tuple[Path, dict] | None:
             if damaged is None:
                 return path, read_meta(path)
             reason = f"its part {damaged} fails the checksum"
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
             reason = str(error)
         print(f"passing over the damaged checkpoint {path}: {reason}")
     return None

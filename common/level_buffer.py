@@ -38,10 +38,14 @@ def init_buffer(level, capacity: int) -> LevelBuffer:
     )
 
 
+def _bits(x) -> jax.Array:
+    is_float = jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) if is_float else x.astype(jnp.uint32)
+
+
 def hash_levels(levels) -> jax.Array:
     """64 bits that tell levels apart, as (N, 2) uint32: two random linear functions (mod 2^32) of all leaves of each level."""
-    flat = [x.reshape(x.shape[0], -1).astype(jnp.uint32) for x in jax.tree.leaves(levels)]
-    words = jnp.concatenate(flat, axis=1)
+    words = jnp.concatenate([_bits(x).reshape(x.shape[0], -1) for x in jax.tree.leaves(levels)], axis=1)
     factors = np.random.default_rng(0).integers(0, 2**32, (words.shape[1], 2), dtype=np.uint32) | 1
     return jnp.stack([(words * factors[:, i]).sum(1, dtype=jnp.uint32) for i in range(2)], axis=1)
 
@@ -113,13 +117,13 @@ def update_buffer(buffer: LevelBuffer, trial: Trial, temperature: float, stalene
 
     A level that is in the buffer (replayed, or equal to one) gets its new score; its best return only grows. Any other goes into
     the next free slot, or, when the buffer is full, into the slot of the lowest replay weight if it scores at least as high.
-    A level that occurs several times in the batch counts once; one that finished no episode is passed over.
+    One that finished no episode is passed over; of a level that occurs several times in the batch the first that did counts.
     """
     capacity = buffer.score.shape[0]
     hashes = hash_levels(trial.levels)
     same = (hashes[:, None] == hashes[None]).all(-1)
-    first = ~jnp.tril(same, -1).any(1)
-    usable = first & (trial.score > -jnp.inf)
+    finished = trial.score > -jnp.inf
+    usable = finished & ~(jnp.tril(same, -1) & finished).any(1)
     filled = jnp.arange(capacity) < buffer.size
     known = (hashes[:, None] == buffer.hashes[None]).all(-1) & filled  # (N, K)
     home = jnp.where(trial.index >= 0, trial.index, jnp.where(known.any(1), known.argmax(1), -1))

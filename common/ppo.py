@@ -184,7 +184,7 @@ def play_episodes(key, policy: Callable, params, reset, step, hstate, max_steps:
         obs, moved, reward, done = step(jax.random.fold_in(key_env, t), env_state, action)
         env_state = jax.tree.map(lambda x, y: jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, env_state)
         trace = jax.tree.map(lambda all, x: all.at[t].set(x), trace, record(env_state))
-        return t + 1, live & ~done, obs, env_state, hstate, total + reward * live, length + live, trace
+        return t + 1, live & ~done, obs, env_state, hstate, total + jnp.where(live, reward, 0), length + live, trace
 
     zeros = jnp.zeros(num_envs)
     carry = (jnp.int32(0), jnp.ones(num_envs, bool), obs, env_state, hstate, zeros, zeros.astype(jnp.int32), trace)

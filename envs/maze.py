@@ -140,7 +140,7 @@ class Maze(Environment):
             kind = jax.random.randint(key_kind, (), 0, 3)
             shape = level.walls.shape
             agent, goal = one_hot(level.agent_pos, shape), one_hot(level.goal_pos, shape)
-            flip = one_hot(random_cell(key_flip, ~(agent | goal)), shape) & (kind == 1)
+            flip = one_hot(random_cell(key_flip, ~(agent | goal)), shape) & ~(agent | goal) & (kind == 1)
             goal_pos = random_cell(key_goal, ~(level.walls | agent | goal))
             goal_pos = jnp.where((kind == 2) & ~(level.walls | agent | goal).all(), goal_pos, level.goal_pos)
             return level._replace(walls=level.walls ^ flip, goal_pos=goal_pos), None

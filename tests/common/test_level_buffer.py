@@ -78,7 +78,8 @@ class SlowBuffer:
 
     def update(self, number, score, max_return, edits, temperature, staleness_coef):
         for i, level in enumerate(number):
-            if level in number[:i] or score[i] == -np.inf:  # the first copy counts
+            earlier = [other for other, s in zip(number[:i], score[:i], strict=True) if s > -np.inf]
+            if level in earlier or score[i] == -np.inf:  # the first copy that finished an episode counts
                 continue
             if level in self.number:
                 slot = self.number.index(level)
