@@ -130,17 +130,12 @@ def replace_between(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
-def write_readme() -> None:
-    """Puts the measured numbers of results/ into README.md."""
-    path = ROOT / "README.md"
-    text = path.read_text()
+def with_results(text: str) -> str:
+    """README.md's text with the measured numbers of results/ put in."""
     for method in METHODS:
-        summary = (ROOT / "results" / method / "table.md").read_text()
-        text = replace_between(text, method, summary)
-    bench = ROOT / "results" / "bench" / "ued.json"
-    if bench.exists():
-        text = replace_between(text, "bench", bench_table(json.loads(bench.read_text())))
-    path.write_text(text)
+        text = replace_between(text, method, (ROOT / "results" / method / "table.md").read_text().strip())
+    bench = json.loads((ROOT / "results" / "bench" / "ued.json").read_text())
+    return replace_between(text, "bench", bench_table(bench))
 
 
 def bench_table(bench: dict) -> str:
@@ -169,7 +164,9 @@ def main() -> None:
     parser.add_argument("--publish", action="store_true", help="also write results/METHOD/")
     args = parser.parse_args()
     if args.method == "readme":
-        return write_readme()
+        path = ROOT / "README.md"
+        path.write_text(with_results(path.read_text()))
+        return
     out = args.out or Path("runs") / "reproduce" / f"{args.method}-{args.seed}"
     claims, table, figures = METHODS[args.method](args.seed, args.num_seeds, out)
     published = ROOT / "results" / args.method
