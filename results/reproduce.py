@@ -84,7 +84,7 @@ def ued(seed: int, num_seeds: int, out: Path) -> tuple[list[dict], str, list[Pat
     claims.append(above("accel-path", "ACCEL's mazes grow longer solutions", "2203.01302, Fig. 4: they do", late, early))
     rows = ["| method | held-out solve rate | random walk | env steps a seed | train time |", "| --- | --- | --- | --- | --- |"]
     for method, s in runs.items():
-        walk, steps = spread(s["final"]["random_walk_solve_rate"]), np.mean(s["final"]["env_steps"]) / 1e6
+        walk, steps = spread(s["final"]["random_walk_solve_rate"]), s["steps_per_s"] * s["train_s"] / num_seeds / 1e6
         rows.append(f"| {method} | {spread(s['final'][held])} | {walk} | {steps:.1f} M | {s['train_s'] / 60:.1f} min |")
     mazes = [name for name in accel["final"] if name.startswith("solve/")]
     rows += ["", "| held-out maze | " + " | ".join(runs) + " |", "| --- |" + " --- |" * len(runs)]
