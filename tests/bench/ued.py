@@ -84,8 +84,17 @@ def _programs(method: str, num_seeds: int, preset: str, cache: str):
         return Programs(config, module.make_train(config), mesh), mesh
 
 
+def restore_tree_map() -> None:
+    """The peer uses jax.tree_map, which newer versions of jax lack."""
+    import jax
+
+    if not hasattr(jax, "tree_map"):
+        jax.tree_map = jax.tree.map
+
+
 def train_peer(method: str, interval: str, peer: str) -> dict:
     """Seconds that `interval` updates and one evaluation of JaxUED's example take (the mean of two)."""
+    restore_tree_map()
     times = []
     wandb = types.ModuleType("wandb")
 
@@ -137,19 +146,21 @@ def maze_ours() -> dict:
 def maze_peer() -> dict:
     """The same of JaxUED's Maze in its AutoResetWrapper."""
     import jax
+
+    restore_tree_map()
     from jaxued.environments import Maze
     from jaxued.environments.maze import make_level_generator
-    from jaxued.wrappers import AutoReplayWrapper, AutoResetWrapper
+    from jaxued.wrappers import AutoResetWrapper
 
     num = 1024
     maze = Maze(max_height=13, max_width=13, agent_view_size=5, normalize_obs=True)
     sample_level = make_level_generator(13, 13, 60)
-    del AutoReplayWrapper
     env = AutoResetWrapper(maze, sample_level)
     params = maze.default_params
 
     @jax.jit
     def play(key):
+        key = jax.random.key_data(key)  # the peer takes keys of the old kind
         levels = jax.vmap(sample_level)(jax.random.split(key, num))
         _, state = jax.vmap(env.reset_to_level, (0, 0, None))(jax.random.split(key, num), levels, params)
 
