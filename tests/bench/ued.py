@@ -7,6 +7,7 @@ Run:  python tests/bench/ued.py                                          (ours a
 Every measurement is a process of its own; ours and the peer's take turns, `--repeats` times, and medians are compared. The training
 settings are the peer's: 32 environments x 256 steps, LSTM 256, 5 epochs, 1 minibatch, 60 walls, replay probability 0.8, one seed.
 The peer's time per update is the difference between two lengths of its evaluation interval, so that its evaluations do not count.
+An update of robust PLR that tries new levels and one that replays and learns are timed apart, and mixed at the replay probability.
 """
 
 import argparse
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "results" / "bench" / "ued.json"
 CACHE = Path(tempfile.gettempdir()) / f"nightjax-bench-{os.getpid()}"
 NUM_ENVS, NUM_STEPS, EPOCHS, REPLAY_PROB = 32, 256, 5, 0.8
+KINDS = [("dr", "paper"), ("plr", "new"), ("plr", "replay")]
 
 
 # --- workers: each prints one JSON object as its last line
@@ -71,10 +73,9 @@ def _programs(method: str, num_seeds: int, preset: str, cache: str):
     from common.run import Programs
 
     module = importlib.import_module(f"algos.{method}")
-    every = 4 if method == "dr" else 10  # a method that sometimes learns needs more updates for a fair mean
+    every = 10 if method == "accel" else 4
     settings = dict(num_seeds=num_seeds, log_every=every, num_updates=1000 * every, eval_every=every, save_every=every)
-    if preset == "peer":
-        settings |= dict(num_epochs=EPOCHS, **({} if method == "dr" else dict(replay_prob=REPLAY_PROB)))
+    settings |= {"new": dict(replay_prob=0.0), "replay": dict(replay_prob=1.0)}.get(preset, {})
     config = replace(module.CPU if preset == "cpu" else module.PAPER, **settings)
     setup_devices(cache)
     mesh = make_mesh(config.num_seeds, config.split_size)
@@ -92,7 +93,7 @@ def restore_tree_map() -> None:
         jax.tree_map = jax.tree.map
 
 
-def train_peer(method: str, interval: str, peer: str) -> dict:
+def train_peer(method: str, interval: str, kind: str, peer: str) -> dict:
     """Seconds that `interval` updates and one evaluation of JaxUED's example take (the mean of two)."""
     restore_tree_map()
     times = []
@@ -111,6 +112,8 @@ def train_peer(method: str, interval: str, peer: str) -> dict:
     sys.modules["wandb"] = wandb
     name = {"dr": "maze_dr", "plr": "maze_plr"}[method]
     flags = f"--eval_freq {interval} --num_updates {3 * int(interval)} --checkpoint_save_interval 0 --n_walls 60 --run_name x"
+    if kind == "replay":
+        flags += " --replay_prob 1 --minimum_fill_ratio 0.001"
     sys.argv = [name, *flags.split()]
     source = (Path(peer) / "examples" / f"{name}.py").read_text()
     exec(compile(source, name, "exec"), {"__name__": "__main__"})
@@ -244,12 +247,12 @@ def main() -> None:
     for _ in range(args.repeats):
         note("matmul", python, "matmul")
         note("maze ours", python, "maze_ours")
-        for method in ("dr", "plr"):
-            note(f"{method} ours", python, "train_ours", method, "1", "peer", cache)
+        for method, kind in KINDS:
+            note(f"{method} {kind} ours", python, "train_ours", method, "1", kind, cache)
             if args.peer:
-                note(f"{method} peer short", args.peer_python, "train_peer", method, "1", args.peer)
-                note(f"{method} peer long", args.peer_python, "train_peer", method, "5", args.peer)
-        note("dr ours 4 seeds", python, "train_ours", "dr", "4", "peer", cache)
+                note(f"{method} {kind} peer short", args.peer_python, "train_peer", method, "1", kind, args.peer)
+                note(f"{method} {kind} peer long", args.peer_python, "train_peer", method, "5", kind, args.peer)
+        note("dr ours 4 seeds", python, "train_ours", "dr", "4", "paper", cache)
         note("accel cpu 1 seed", python, "train_ours", "accel", "1", "cpu", cache)
         note("accel cpu 4 seeds", python, "train_ours", "accel", "4", "cpu", cache)
         if args.peer:
@@ -269,16 +272,26 @@ def summarise(runs: dict, with_peer: bool) -> dict:
     """The ratios and rates that README shows."""
     summary = {"runs": runs, "ratios": {}}
     ratios = summary["ratios"]
+    batch = NUM_ENVS * NUM_STEPS
+    times = {f"{method} {kind} ours": batch / runs[f"{method} {kind} ours"]["steps_per_s"] for method, kind in KINDS}
+    if with_peer:
+        for method, kind in KINDS:
+            long, short = (runs[f"{method} {kind} peer {length}"]["interval_s"] for length in ("long", "short"))
+            times[f"{method} {kind} peer"] = (long - short) / 4
+    summary["s_per_update"] = times
     for method in ("dr", "plr"):
-        rate = runs[f"{method} ours"]["steps_per_s"]
-        summary[f"{method}_share_of_matmul"] = rate * flop_per_step(method) / runs["matmul"]["gflop_per_s"] / 1e9
+        rates = {}
+        for side in ("ours", "peer") if with_peer else ("ours",):
+            mixed = {"dr": 1, "plr": REPLAY_PROB}[method] * times[f"{method} {'paper' if method == 'dr' else 'replay'} {side}"]
+            mixed += (1 - REPLAY_PROB) * times[f"plr new {side}"] if method == "plr" else 0
+            rates[side] = batch / mixed
+        runs[f"{method} ours"] = {"steps_per_s": rates["ours"]}
+        summary[f"{method}_share_of_matmul"] = rates["ours"] * flop_per_step(method) / runs["matmul"]["gflop_per_s"] / 1e9
         if with_peer:
-            per_update = (runs[f"{method} peer long"]["interval_s"] - runs[f"{method} peer short"]["interval_s"]) / 4
-            runs[f"{method} peer"] = {"steps_per_s": NUM_ENVS * NUM_STEPS / per_update}
-            ratios[f"{method} steps/s, ours : JaxUED"] = rate / runs[f"{method} peer"]["steps_per_s"]
+            ratios[f"{method} steps/s, ours : JaxUED"] = rates["ours"] / rates["peer"]
     if with_peer:
         ratios["maze alone steps/s, ours : JaxUED"] = runs["maze ours"]["steps_per_s"] / runs["maze peer"]["steps_per_s"]
-    one, four = runs["dr ours"]["steps_per_s"], runs["dr ours 4 seeds"]["steps_per_s"]
+    one, four = runs["dr paper ours"]["steps_per_s"], runs["dr ours 4 seeds"]["steps_per_s"]
     ratios["time of 4 seeds : 1 seed, DR, LSTM 256"] = 4 * one / four
     one, four = runs["accel cpu 1 seed"]["steps_per_s"], runs["accel cpu 4 seeds"]["steps_per_s"]
     ratios["time of 4 seeds : 1 seed, ACCEL, cpu preset"] = 4 * one / four
