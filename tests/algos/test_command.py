@@ -14,7 +14,7 @@ import pytest
 pytestmark = pytest.mark.timeout(280)
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
-    "--num-envs 4 --num-steps 16 --hidden 8 --eval-episodes 1 --num-epochs 1 --num-minibatches 1 --buffer-size 16 --min-fill 0.2"
+    "--num-envs 4 --num-steps 256 --hidden 8 --eval-episodes 1 --num-epochs 1 --num-minibatches 1 --buffer-size 16 --min-fill 0.2"
 )
 RUN = f"--num-seeds 2 --num-updates 8 --log-every 2 --eval-every 4 --save-every 4 {SMALL}"
 

@@ -17,7 +17,8 @@ from common.run import Programs, train_fn
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
-SMALL = dict(num_envs=4, num_steps=16, hidden=8, eval_episodes=1, num_epochs=1, num_minibatches=2, buffer_size=16, min_fill=0.2)
+SMALL = dict(num_envs=4, num_steps=256, hidden=8, eval_episodes=1, num_epochs=1, num_minibatches=2)
+SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an episode must end for its level to enter the buffer
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
