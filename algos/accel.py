@@ -17,6 +17,7 @@ Differs from minimax's ACCEL (its own value in brackets; the `cpu` preset also c
  3. A level's best return is kept for good (overwritten by the latest rollout's, which makes MaxMC forget).
  4. Levels are equal when all of a level is, the agent's direction too (all but the direction).
  5. Orthogonal initialisation of every layer; the last policy layer with gain 0.01 (filled with 0.01).
+ 6. A level that is taken in or scored again has age 0 (a new level takes over the age of the one it replaces).
 """
 
 from dataclasses import dataclass, replace

@@ -18,6 +18,7 @@ Differs from minimax's PLR (its own value in brackets; the `cpu` preset also cha
  4. Levels are equal when all of a level is, the agent's direction too (all but the direction).
  5. Orthogonal initialisation of every layer; the last policy layer with gain 0.01 (filled with 0.01).
  6. The parallel form of plain PLR learns from new and replayed levels alike (minimax has the robust form only).
+ 7. A level that is taken in or scored again has age 0 (a new level takes over the age of the one it replaces).
 """
 
 from dataclasses import dataclass, replace
