@@ -46,8 +46,8 @@ from common.level_buffer import (
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 from common.ppo import Batch, gae, ppo_update, rollout
 from common.run import Train, nothing_like, run
-from envs.maze import EnvParams, Maze, shortest_solution
-from envs.maze_eval import held_out_results, picture_of
+from envs.maze import EnvParams, Maze
+from envs.maze_eval import held_out_results, level_results, picture_of
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def play_levels(key, params, levels, best_return, config: Config, index=-1, edit
     def step(key, state, action):
         return jax.vmap(partial(step_from_bank, env, key, params=EnvParams()))(state, action, bank)
 
-    traj, last_value = rollout(key, agent, params, reset, step, hstate, config.num_steps)
+    traj, last_value, _ = rollout(key, agent, params, reset, step, hstate, config.num_steps)
     adv, target = gae(traj.reward, traj.value, traj.done, last_value, config.gamma, config.gae_lambda)
     best_return = jnp.maximum(max_episode_return(traj.reward, traj.done), best_return)
     use_mc = config.score == "max_mc"
@@ -305,13 +305,7 @@ def evaluate(config: Config, state: State) -> dict:
     weights = replay_weights(buffer, config.temperature, config.staleness_coef)
     index = jax.random.categorical(key_sample, jnp.log(weights), shape=(64,))
     sample = jax.tree.map(lambda x: x[index], buffer.levels)
-    _, path = jax.vmap(shortest_solution)(sample)
-    replayed = {
-        "buffer_walls": sample.walls.sum((1, 2)).mean(),
-        "buffer_path": path.sum() / jnp.maximum((path > 0).sum(), 1),
-        "buffer_unsolvable": (path == 0).mean(),
-        "buffer_edits": buffer.edits[index].mean(),
-    }
+    replayed = level_results(sample) | {"buffer_edits": buffer.edits[index].mean()}
     replayed = {name: jnp.where(buffer.size > 0, x, jnp.nan) for name, x in replayed.items()}
 
     best = jax.tree.map(lambda x: x[jax.lax.top_k(-buffer.rank, 10)[1]], buffer.levels)

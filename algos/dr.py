@@ -28,7 +28,7 @@ from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, ortho
 from common.ppo import Batch, gae, ppo_update, rollout
 from common.run import Train, run
 from envs.maze import EnvParams, Maze
-from envs.maze_eval import held_out_results, picture_of
+from envs.maze_eval import held_out_results, level_results, picture_of
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def play(key, params, bank, config: Config) -> Batch:
     def step(key, state, action):
         return jax.vmap(partial(step_from_bank, env, key, params=EnvParams()))(state, action, bank)
 
-    traj, last_value = rollout(key, agent, params, reset, step, hstate, config.num_steps)
+    traj, last_value, _ = rollout(key, agent, params, reset, step, hstate, config.num_steps)
     adv, target = gae(traj.reward, traj.value, traj.done, last_value, config.gamma, config.gae_lambda)
     return Batch(traj, adv, target, hstate)
 
@@ -186,11 +186,12 @@ def make_train(config: Config) -> Train:
 
 
 def evaluate(config: Config, state: State) -> dict:
-    """Solve rates and a film on the held-out mazes, and pictures of mazes as trained on."""
+    """Solve rates and a film on the held-out mazes; mazes as trained on, how hard they are and pictures."""
     key_play, key_sample = jax.random.split(jax.random.fold_in(state.key, 0))
     env, hstate = Maze(num_walls=config.num_walls), partial(init_hstate, hidden=config.hidden)
     results = held_out_results(key_play, agent, state.params, hstate, config.eval_episodes)
-    return results | {"mazes": picture_of(jax.vmap(env.sample_level)(jax.random.split(key_sample, 10)))}
+    sample = jax.vmap(env.sample_level)(jax.random.split(key_sample, 64))
+    return results | level_results(sample) | {"mazes": picture_of(jax.tree.map(lambda x: x[:10], sample))}
 
 
 if __name__ == "__main__":

@@ -70,50 +70,50 @@ def lstm(params: dict, x: jax.Array, reset: jax.Array, carry: tuple[jax.Array, j
 
     x (T, N, n_in), reset (T, N) bool, carry (h, c) each (N, hidden) -> outputs (T, N, hidden), the last (h, c).
 
-    Inside, features come first, (features, N): a weight matrix times a thin matrix of N columns runs 1.5 times as fast on CPU as
-    its transpose. The backward pass sums the weights' gradient in one product over all steps, not in T small ones.
+    Inside, the inputs' part of the gates is one product over all steps, before the scan. In the scan features come first,
+    (features, N): a weight matrix times a thin matrix of N columns runs 1.5 times as fast on CPU as its transpose. The backward
+    pass sums the recurrent weights' gradient in one product over all steps, not in T small ones.
     """
+    n_in = x.shape[-1]
     keep = 1.0 - reset.astype(x.dtype)
-    (h, c), outputs = _lstm_scan(params["w"], params["b"], x, keep, jax.tree.map(jnp.transpose, carry))
-    return outputs, (h.T, c.T)
+    zx = jnp.einsum("ki,tni->tkn", params["w"][:, :n_in], x) + params["b"][:, None]
+    (h, c), outputs = _lstm_scan(params["w"][:, n_in:], zx, keep, jax.tree.map(jnp.transpose, carry))
+    return outputs.swapaxes(1, 2), (h.T, c.T)
 
 
-def _lstm_step(w, b, carry, x, keep):
-    """x (n_in, N), keep (N,), carry 2 x (hidden, N) -> carry, gates (4 hidden, N)."""
+def _lstm_step(w, carry, zx, keep):
+    """w (4 hidden, hidden), carry 2 x (hidden, N), zx (4 hidden, N), keep (N,) -> carry, gates (4 hidden, N)."""
     h, c = carry[0] * keep, carry[1] * keep
-    z = w @ jnp.concatenate([x, h]) + b[:, None]
-    i, f, g, o = jnp.split(z, 4)
+    i, f, g, o = jnp.split(zx + w @ h, 4)
     i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
     c = f * c + i * g
     return (o * jnp.tanh(c), c), jnp.concatenate([i, f, g, o])
 
 
 @jax.custom_vjp
-def _lstm_scan(w, b, x, keep, carry):
+def _lstm_scan(w, zx, keep, carry):
+    """w (4 hidden, hidden), zx (T, 4 hidden, N), keep (T, N), carry 2 x (hidden, N) -> carry, h (T, hidden, N)."""
+
     def step(carry, inputs):
-        carry, _ = _lstm_step(w, b, carry, *inputs)
+        carry, _ = _lstm_step(w, carry, *inputs)
         return carry, carry[0]
 
-    carry, h = jax.lax.scan(step, carry, (x.swapaxes(1, 2), keep))
-    return carry, h.swapaxes(1, 2)
+    return jax.lax.scan(step, carry, (zx, keep))
 
 
-def _lstm_forward(w, b, x, keep, carry):
+def _lstm_forward(w, zx, keep, carry):
     def step(carry, inputs):
-        new, gates = _lstm_step(w, b, carry, *inputs)
+        new, gates = _lstm_step(w, carry, *inputs)
         return new, (carry[1], new, gates)
 
-    last, (c_before, (h, c), gates) = jax.lax.scan(step, carry, (x.swapaxes(1, 2), keep))
-    h = h.swapaxes(1, 2)
-    h_before = jnp.concatenate([carry[0].T[None], h[:-1]])
-    return (last, h), (w, x, keep, h_before, c_before, c, gates)
+    last, (c_before, (h, c), gates) = jax.lax.scan(step, carry, (zx, keep))
+    h_before = jnp.concatenate([carry[0][None], h[:-1]])
+    return (last, h), (w, keep, h_before, c_before, c, gates)
 
 
 def _lstm_backward(residuals, cotangents):
-    w, x, keep, h_before, c_before, c, gates = residuals
+    w, keep, h_before, c_before, c, gates = residuals
     carry, dh_out = cotangents
-    n_in = x.shape[-1]
-    wh = w[:, n_in:].T
 
     def step(carry, inputs):
         dh, dc = carry
@@ -124,14 +124,11 @@ def _lstm_backward(residuals, cotangents):
         dc = dc + dh * o * (1 - tanh_c**2)
         dz = [dc * g * i * (1 - i), dc * c_before * keep * f * (1 - f), dc * i * (1 - g**2), dh * tanh_c * o * (1 - o)]
         dz = jnp.concatenate(dz)
-        return ((wh @ dz) * keep, dc * f * keep), dz.T
+        return ((w.T @ dz) * keep, dc * f * keep), dz
 
-    steps = (dh_out.swapaxes(1, 2), gates, c_before, c, keep)
-    carry, dz = jax.lax.scan(step, carry, steps, reverse=True)  # dz (T, N, 4 hidden)
-    inputs = jnp.concatenate([x, h_before * keep[..., None]], axis=-1)
-    dw = jnp.einsum("tnk,tni->ki", dz, inputs)
-    dx = dz @ w[:, :n_in]
-    return dw, dz.sum((0, 1)), dx, jnp.zeros_like(keep), carry
+    carry, dz = jax.lax.scan(step, carry, (dh_out, gates, c_before, c, keep), reverse=True)  # dz (T, 4 hidden, N)
+    dw = jnp.einsum("tkn,thn->kh", dz, h_before * keep[:, None])
+    return dw, dz, jnp.zeros_like(keep), carry
 
 
 _lstm_scan.defvjp(_lstm_forward, _lstm_backward)

@@ -121,7 +121,7 @@ def minibatches(key, batch: Batch, num_minibatches: int) -> Batch:
 
 
 def rollout(key, policy: Callable, params, reset: Callable, step: Callable, hstate, num_steps: int):
-    """Plays `num_steps` steps of N environments. Returns the Transition (T, N, ...) and the value of what comes next (N,).
+    """Plays `num_steps` steps of N environments -> Transition (T, N, ...), the value of what comes next (N,), the last env_state.
 
     reset() -> (obs, env_state); step(key, env_state, action (N,)) -> (obs, env_state, reward (N,), done (N,)), which also
     begins the next episode where one is done. `hstate` (N, ...) is the recurrent state to begin with.
@@ -149,8 +149,8 @@ def rollout(key, policy: Callable, params, reset: Callable, step: Callable, hsta
         return (next_obs, env_state, done, hstate), transition
 
     carry = (obs, env_state, jnp.ones(num_envs, bool), hstate)
-    (obs, _, first, hstate), traj = jax.lax.scan(play, carry, (noise, jax.random.split(key_env, num_steps)))
-    return traj, act(obs, first, hstate)[1]
+    (obs, env_state, first, hstate), traj = jax.lax.scan(play, carry, (noise, jax.random.split(key_env, num_steps)))
+    return traj, act(obs, first, hstate)[1], env_state
 
 
 class Episodes(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.ppo import play_episodes
-from envs.maze import HELD_OUT, EnvParams, Level, Maze, fixed_levels, held_out_levels
+from envs.maze import HELD_OUT, EnvParams, Level, Maze, fixed_levels, held_out_levels, shortest_solution
 
 FILM_STEPS = 250
 
@@ -64,6 +64,16 @@ def held_out_results(key, policy, params, init_hstate, episodes: int) -> dict:
         "random_walk_solve_rate": walked.mean(),
         **{f"solve/{name}": rates[i] for i, name in enumerate(names)},
         "labyrinth": film_of("Labyrinth", pos[:FILM_STEPS], direction[:FILM_STEPS]),
+    }
+
+
+def level_results(levels: Level) -> dict:
+    """How hard levels (N, ...) are: their walls, the cells of the shortest way where there is one, the share without one."""
+    _, path = jax.vmap(shortest_solution)(levels)
+    return {
+        "level_walls": levels.walls.sum((1, 2)).mean(),
+        "level_path": path.sum() / jnp.maximum((path > 0).sum(), 1),
+        "level_unsolvable": (path == 0).mean(),
     }
 
 

@@ -174,7 +174,7 @@ def train(probes: list[Probe], policy, init_body, hstate=(), num=32, steps=8, up
     def play(key, params, which):
         key_world, key_play = jax.random.split(key)
         reset, step = make_world(key_world, any_of(probes, which), num)
-        return rollout(key_play, policy, params, reset, step, hstate, steps)
+        return rollout(key_play, policy, params, reset, step, hstate, steps)[:2]
 
     def run(key, which):
         def update(carry, key):
@@ -275,7 +275,7 @@ def test_rollout_carries_on_from_the_hidden_state_given():
         return t + 1.0, t + 1, t.astype(jnp.float32), jnp.array([False, False, True]) & (t == 1)
 
     reset = lambda: (jnp.zeros(3), jnp.zeros(3, jnp.int32))
-    traj, last = jax.jit(lambda h: rollout(jax.random.key(0), policy, (), reset, step, h, 3))(jnp.float32([1, 2, 3]))
+    traj, last, _ = jax.jit(lambda h: rollout(jax.random.key(0), policy, (), reset, step, h, 3))(jnp.float32([1, 2, 3]))
     np.testing.assert_array_equal(traj.obs, [[0, 0, 0], [1, 1, 1], [2, 2, 2]])
     np.testing.assert_array_equal(traj.reward, [[0, 0, 0], [1, 1, 1], [2, 2, 2]])
     np.testing.assert_array_equal(traj.value, [[100, 200, 300], [101, 201, 301], [103, 203, 30102]])
