@@ -105,7 +105,7 @@ def test_bad_requests_end_with_one_line(finished, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", ["accel", "plr", "dr"])
+@pytest.mark.parametrize("name", ["accel", "plr", "dr", "paired", "sfl"])
 def test_help_names_every_flag(name, tmp_path):
     done = start(tmp_path, name, "--help")
     assert done.returncode == 0

@@ -18,10 +18,12 @@ pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
 SMALL = dict(num_envs=4, num_steps=256, hidden=8, eval_episodes=1, num_epochs=1, num_minibatches=2)
+SMALL |= dict(teacher_hidden=8, teacher_filters=2, search_every=2, search_batches=2, search_levels=8, search_steps=256)
 SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an episode must end for its level to enter the buffer
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
+VARIANTS += [("paired", {"score": "population_regret", "num_students": 3}), ("paired", {"score": "neg_return", "num_students": 1})]
 
 
 def tiny(name, **changes):
@@ -66,7 +68,7 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
     used = set(re.findall(r"= (\w+)[\[ ]", text + update))
     assert {"dot_general", "scan"} <= used
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
-    branching = name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel
+    branching = name == "sfl" or (name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel)
     assert ("cond[" in update) == branching
 
 
@@ -107,7 +109,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.parametrize("name", ["accel", "dr"])
+@pytest.mark.parametrize("name", ["accel", "dr", "paired"])
 def test_devices_agree(name):
     """One seed split over two devices, two seeds on two devices, and `jit(vmap(train_fn))` all give the same numbers."""
     config, train = make(name, num_seeds=2)
