@@ -4,14 +4,28 @@ A policy is a function as in common/ppo.py. Actions are sampled; a maze is solve
 limits are each maze's own, as in minimax (2311.12716).
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from common.ppo import play_episodes
-from envs.maze import HELD_OUT, EnvParams, Level, Maze, fixed_levels, held_out_levels, shortest_solution
+from envs.maze import (
+    HELD_OUT,
+    EnvParams,
+    Level,
+    Maze,
+    crossing,
+    embed,
+    fixed_levels,
+    four_rooms,
+    held_out_levels,
+    perfect_maze,
+    shortest_solution,
+)
 
 FILM_STEPS = 250
 
@@ -87,3 +101,78 @@ def film_of(name: str, pos, direction) -> jax.Array:
 def picture_of(levels: Level) -> jax.Array:
     """Levels (N, ...) drawn side by side: (H, N W, 3) uint8."""
     return jnp.concatenate(list(jax.vmap(Maze().render)(levels)), axis=1)
+
+
+# --- the suite: every named maze, and families of mazes at several sizes
+
+
+class Family(NamedTuple):
+    """Mazes that are drawn: how, and how long an episode may be."""
+
+    sample: Callable  # key -> Level
+    size: int
+    time_limit: int
+    needs_check: bool = False  # some that are drawn have no solution: they are passed over
+
+
+def random_walls(size: int, num_walls: int) -> Family:
+    """Mazes of random walls, as in training, that have a solution."""
+    return Family(Maze(size, size, num_walls).sample_level, size, 2 * (size + 2) ** 2, needs_check=True)
+
+
+FAMILIES = {
+    "FourRooms": Family(four_rooms, 17, 250),
+    "Crossing": Family(crossing, 9, 4 * 11**2),
+    "PerfectMaze 7": Family(partial(perfect_maze, size=7), 7, 2 * 9**2),
+    "PerfectMaze 13": Family(perfect_maze, 13, 2 * 15**2),
+    "PerfectMaze 19": Family(partial(perfect_maze, size=19), 19, 2 * 21**2),
+    "Random 7, 14 walls": random_walls(7, 14),
+    "Random 13, 25 walls": random_walls(13, 25),
+    "Random 13, 60 walls": random_walls(13, 60),
+    "Random 19, 120 walls": random_walls(19, 120),
+}
+
+
+def family_levels(key, family: Family, num: int, tries: int = 4) -> Level:
+    """`num` mazes of a family (num, ...). Raises ValueError if of tries x num that are drawn too few have a solution."""
+    levels = jax.vmap(family.sample)(jax.random.split(key, tries * num if family.needs_check else num))
+    if not family.needs_check:
+        return levels
+    solvable = np.flatnonzero(np.asarray(jax.vmap(shortest_solution)(levels)[1]) > 0)
+    if len(solvable) < num:
+        raise ValueError(f"only {len(solvable)} of {tries * num} mazes have a solution")
+    return jax.tree.map(lambda x: x[solvable[:num]], levels)
+
+
+class SuitePart(NamedTuple):
+    """Mazes of the suite that are played side by side, on maps of one size."""
+
+    names: list[str]
+    levels: Level  # (len(names) * episodes, ...)
+    limits: np.ndarray  # (len(names) * episodes,)
+
+
+def suite_levels(key, episodes: int) -> list[SuitePart]:
+    """`episodes` mazes of every name in HELD_OUT and FAMILIES, in two parts, so that short mazes do not wait for the long ones."""
+    key_named, key_families = jax.random.split(key)
+    named, limits = held_out_levels(key_named, list(HELD_OUT), episodes)
+    mazes = {name: (jax.tree.map(lambda x, i=i: x[i], named), int(limits[i])) for i, name in enumerate(HELD_OUT)}
+    for i, (name, family) in enumerate(FAMILIES.items()):
+        mazes[name] = family_levels(jax.random.fold_in(key_families, i), family, episodes), family.time_limit
+    return [_part({name: maze for name, maze in mazes.items() if (maze[1] > 500) == long}, episodes) for long in (False, True)]
+
+
+def _part(mazes: dict, episodes: int) -> SuitePart:
+    size = max(levels.walls.shape[-1] for levels, _ in mazes.values())
+    grow = jax.vmap(partial(embed, height=size, width=size))
+    levels = jax.tree.map(lambda *x: jnp.concatenate(x), *(grow(levels) for levels, _ in mazes.values()))
+    return SuitePart(list(mazes), levels, np.repeat([limit for _, limit in mazes.values()], episodes))
+
+
+def suite_results(key, policy, params, init_hstate, suite: list[SuitePart]) -> dict:
+    """Solve rates on every maze of a suite, one episode on each of its levels. `init_hstate(n)`: as for `held_out_results`."""
+    rates = {}
+    for part in suite:
+        solved, _ = play_mazes(key, policy, params, init_hstate(len(part.limits)), part.levels, part.limits)
+        rates |= dict(zip(part.names, solved.reshape(len(part.names), -1).mean(1), strict=True))
+    return rates

@@ -1,0 +1,123 @@
+"""What the re-measurements share: runs that are trained once and reused, statistics over seeds, and claims."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- runs
+
+
+def trained(method: str, flags: str, seed: int, num_seeds: int, out: Path) -> Path:
+    """The folder `out` of a finished run of algos/METHOD.py; trains it, or goes on training it, if need be."""
+    if not (out / "summary.json").exists():
+        resume = ["--resume"] if list((out / "checkpoints").glob("*.npz")) else []
+        if not resume:
+            shutil.rmtree(out, ignore_errors=True)
+        command = [sys.executable, str(ROOT / "algos" / f"{method}.py"), *flags.split(), "--seed", str(seed)]
+        subprocess.run([*command, "--num-seeds", str(num_seeds), "--out", str(out), *resume], check=True)
+    config = summary(out)["config"]
+    if (config["seed"], config["num_seeds"]) != (seed, num_seeds):
+        sys.exit(
+            f"reproduce: {out} holds seeds {config['seed']} to {config['seed'] + config['num_seeds'] - 1}: choose another --out"
+        )
+    return out
+
+
+def summary(out: Path) -> dict:
+    """A run's summary.json."""
+    return json.loads((out / "summary.json").read_text())
+
+
+def curve(folders: list[Path], x: str, y: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Columns x and y of metrics.csv in the rows where y has a value, one pair for each seed of all these runs."""
+    curves = []
+    for folder in folders:
+        with (folder / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row[y]]
+        for seed in sorted({int(row["seed"]) for row in rows}):
+            # the row of the start has no counters yet: they are 0 there
+            pairs = [(float(row[x] or 0), float(row[y])) for row in rows if int(row["seed"]) == seed]
+            curves.append(tuple(np.array(pairs).T))
+    return curves
+
+
+def value_at(folders: list[Path], x: str, y: str, point: float) -> np.ndarray:
+    """y where x = point, between two rows by linear interpolation, for each seed."""
+    return np.array([np.interp(point, *pair) for pair in curve(folders, x, y)])
+
+
+# --- statistics
+
+
+def spread(values) -> str:
+    """Mean and standard error over seeds."""
+    values = np.asarray(values, float)
+    return f"{values.mean():.3f} ± {values.std(ddof=1) / np.sqrt(len(values)):.3f}"
+
+
+def welch_interval(ours, reference) -> tuple[float, float]:
+    """The 95 % interval of mean(ours) - mean(reference), seeds of unequal variance (Welch's t)."""
+    ours, reference = np.asarray(ours, float), np.asarray(reference, float)
+    if np.ptp(ours) == np.ptp(reference) == 0:
+        return (float(ours.mean() - reference.mean()),) * 2
+    low, high = stats.ttest_ind(ours, reference, equal_var=False).confidence_interval(0.95)
+    return float(low), float(high)
+
+
+def iqm(scores) -> float:
+    """The interquartile mean of all scores (seeds, tasks) together (Agarwal et al., 2108.13264)."""
+    return float(stats.trim_mean(np.asarray(scores, float).ravel(), 0.25))
+
+
+def iqm_interval(scores, draws: int = 2000) -> tuple[float, float]:
+    """Its 95 % percentile interval by the stratified bootstrap: for each task the seeds are drawn again (2108.13264, Sec. 4.3)."""
+    scores = np.asarray(scores, float)
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, scores.shape[0], (draws, *scores.shape))
+    drawn = np.take_along_axis(scores[None], picks, axis=1).reshape(draws, -1)
+    low, high = np.percentile(stats.trim_mean(drawn, 0.25, axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+# --- claims: holds is "yes", "no", or "not separated"
+
+
+def above(name: str, words: str, paper: str, ours, reference) -> dict:
+    """A claim that the mean of `ours` is higher than that of `reference` (each one value per seed)."""
+    low, high = welch_interval(ours, reference)
+    holds = "yes" if low > 0 else "no" if high < 0 else "not separated"
+    difference = np.mean(ours) - np.mean(reference)
+    here = f"{spread(ours)} against {spread(reference)}; difference {difference:.3f} [{low:.3f}, {high:.3f}]"
+    return dict(id=name, claim=words, paper=paper, here=here, check="95 % interval (Welch) above 0", holds=holds)
+
+
+def equal(name: str, words: str, paper: str, ours, reference, margin: float) -> dict:
+    """A claim that two means differ by less than `margin`."""
+    low, high = welch_interval(ours, reference)
+    holds = "yes" if -margin < low and high < margin else "no" if low > 0 or high < 0 else "not separated"
+    difference = np.mean(ours) - np.mean(reference)
+    here = f"{spread(ours)} against {spread(reference)}; difference {difference:.3f} [{low:.3f}, {high:.3f}]"
+    return dict(id=name, claim=words, paper=paper, here=here, check=f"95 % interval (Welch) within ± {margin:g}", holds=holds)
+
+
+def over(name: str, words: str, paper: str, value: float, bar: float, unit: str = "") -> dict:
+    """A claim that a measured number is above a bar."""
+    here = f"{value:.2f}{unit}"
+    return dict(id=name, claim=words, paper=paper, here=here, check=f"above {bar:g}{unit}", holds="yes" if value > bar else "no")
+
+
+def claims_table(claims: list[dict]) -> str:
+    """The claims as Markdown."""
+    lines = ["| claim | paper | here | check | holds | in each set of seeds |", "| --- | --- | --- | --- | --- | --- |"]
+    for c in claims:
+        lines.append(f"| {c['claim']} | {c['paper']} | {c['here']} | {c['check']} | {c['holds']} | {', '.join(c['each_set'])} |")
+    return "\n".join(lines)
