@@ -210,8 +210,8 @@ def how(runs) -> list[str]:
     return [
         f"Seeds {sets}, `cpu` presets (LSTM {config['hidden']}, {config['num_envs']} x {config['num_steps']} steps a batch), "
         f"{first['devices']}, commit {', '.join(commits)}, jax {first['versions']['jax']}.",
-        f"Held-out: the ten named mazes, {config['eval_episodes']} episodes each, mean ± standard error over seeds. Suite: all mazes "
-        f"of the second table, {SUITE_EPISODES} episodes each, interquartile mean over mazes and seeds, 95 % bootstrap interval.",
+        f"Held-out: the ten named mazes, {config['eval_episodes']} episodes each, mean ± standard error over seeds.",
+        f"Suite: the mazes of the second table, {SUITE_EPISODES} episodes each, interquartile mean with 95 % bootstrap interval.",
     ]
 
 
