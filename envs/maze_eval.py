@@ -135,10 +135,10 @@ FAMILIES = {
 
 def family_levels(key, family: Family, num: int, tries: int = 4) -> Level:
     """`num` mazes of a family (num, ...). Raises ValueError if of tries x num that are drawn too few have a solution."""
-    levels = jax.vmap(family.sample)(jax.random.split(key, tries * num if family.needs_check else num))
+    levels = jax.jit(jax.vmap(family.sample))(jax.random.split(key, tries * num if family.needs_check else num))
     if not family.needs_check:
         return levels
-    solvable = np.flatnonzero(np.asarray(jax.vmap(shortest_solution)(levels)[1]) > 0)
+    solvable = np.flatnonzero(jax.jit(jax.vmap(shortest_solution))(levels)[1] > 0)
     if len(solvable) < num:
         raise ValueError(f"only {len(solvable)} of {tries * num} mazes have a solution")
     return jax.tree.map(lambda x: x[solvable[:num]], levels)
@@ -156,6 +156,7 @@ def suite_levels(key, episodes: int) -> list[SuitePart]:
     """`episodes` mazes of every name in HELD_OUT and FAMILIES, in two parts, so that short mazes do not wait for the long ones."""
     key_named, key_families = jax.random.split(key)
     named, limits = held_out_levels(key_named, list(HELD_OUT), episodes)
+    named = jax.device_get(named)
     mazes = {name: (jax.tree.map(lambda x, i=i: x[i], named), int(limits[i])) for i, name in enumerate(HELD_OUT)}
     for i, (name, family) in enumerate(FAMILIES.items()):
         mazes[name] = family_levels(jax.random.fold_in(key_families, i), family, episodes), family.time_limit
@@ -164,8 +165,8 @@ def suite_levels(key, episodes: int) -> list[SuitePart]:
 
 def _part(mazes: dict, episodes: int) -> SuitePart:
     size = max(levels.walls.shape[-1] for levels, _ in mazes.values())
-    grow = jax.vmap(partial(embed, height=size, width=size))
-    levels = jax.tree.map(lambda *x: jnp.concatenate(x), *(grow(levels) for levels, _ in mazes.values()))
+    grow = jax.jit(jax.vmap(partial(embed, height=size, width=size)))
+    levels = jax.tree.map(lambda *x: np.concatenate(x), *(jax.device_get(grow(levels)) for levels, _ in mazes.values()))
     return SuitePart(list(mazes), levels, np.repeat([limit for _, limit in mazes.values()], episodes))
 
 
@@ -173,6 +174,7 @@ def suite_results(key, policy, params, init_hstate, suite: list[SuitePart]) -> d
     """Solve rates on every maze of a suite, one episode on each of its levels. `init_hstate(n)`: as for `held_out_results`."""
     rates = {}
     for part in suite:
-        solved, _ = play_mazes(key, policy, params, init_hstate(len(part.limits)), part.levels, part.limits)
+        levels = jax.tree.map(jnp.asarray, part.levels)
+        solved, _ = play_mazes(key, policy, params, init_hstate(len(part.limits)), levels, part.limits)
         rates |= dict(zip(part.names, solved.reshape(len(part.names), -1).mean(1), strict=True))
     return rates

@@ -38,14 +38,17 @@ def summary(out: Path) -> dict:
 
 
 def curve(folders: list[Path], x: str, y: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Columns x and y of metrics.csv in the rows where y has a value, one pair for each seed of all these runs."""
+    """Columns x and y of metrics.csv in the rows where y has a value, one pair for each seed of all these runs.
+
+    A method that learns in every update has no column ppo_updates: its updates count.
+    """
     curves = []
     for folder in folders:
         with (folder / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row[y]]
         for seed in sorted({int(row["seed"]) for row in rows}):
             # the row of the start has no counters yet: they are 0 there
-            pairs = [(float(row[x] or 0), float(row[y])) for row in rows if int(row["seed"]) == seed]
+            pairs = [(float(row.get(x, row["update"]) or 0), float(row[y])) for row in rows if int(row["seed"]) == seed]
             curves.append(tuple(np.array(pairs).T))
     return curves
 

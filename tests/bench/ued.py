@@ -11,8 +11,8 @@ The peer's time per update is the difference between two lengths of its evaluati
 An update of robust PLR that tries new levels and one that replays and learns are timed apart, and mixed at the replay probability.
 
 Ours alone: PAIRED's cost by population; steps per second by the number of environments and of seeds; the time of a PPO update in
-the parallel and the serial forms; and a cycle of PLR whose replay decision is drawn once for all seeds, against one drawn per seed, for
-which XLA runs both branches in every cycle.
+the parallel and the serial forms; and a cycle of PLR whose replay decision is drawn once for all seeds, against one drawn per
+seed, for which XLA runs both branches in every cycle.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def train_ours(method: str, num_seeds: str, settings: str, cache: str) -> dict:
             state, metrics = programs.chunk(state, i * programs.config.log_every)
             seconds.append(time.perf_counter() - began)
             steps.append(int(metrics["env_steps"][:, -1].sum()))
-            updates.append(int(metrics["ppo_updates"][:, -1].sum()))
+            updates.append(int(metrics["ppo_updates"][:, -1].sum()) if "ppo_updates" in metrics else 0)
     return {
         "steps_per_s": (steps[2] - steps[0]) / sum(seconds[1:]),
         "updates_per_s": (updates[2] - updates[0]) / sum(seconds[1:]),

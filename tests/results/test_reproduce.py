@@ -1,8 +1,10 @@
-"""The program that measures the claims, and the numbers that it has put into README."""
+"""The program that measures the claims, its statistics, and the numbers that it has put into README."""
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +13,21 @@ pytestmark = pytest.mark.timeout(60)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def reproduce():
-    spec = importlib.util.spec_from_file_location("reproduce", ROOT / "results" / "reproduce.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "results" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def reproduce():
+    return load("reproduce")
+
+
+@pytest.fixture(scope="module")
+def measure():
+    return load("measure")
 
 
 def test_readme_shows_what_was_measured(reproduce):
@@ -29,18 +40,90 @@ def test_published_claims_are_whole(reproduce):
         claims = json.loads((ROOT / "results" / method / "claims.json").read_text())
         page = (ROOT / "results" / method / "README.md").read_text()
         assert claims and reproduce.claims_table(claims) in page
-        assert all({"id", "claim", "paper", "here", "check", "holds"} == set(claim) for claim in claims)
+        assert all({"id", "claim", "paper", "here", "check", "holds", "each_set"} == set(claim) for claim in claims)
+        assert len({claim["id"] for claim in claims}) == len(claims)
+        assert {claim["holds"] for claim in claims} <= {"yes", "no", "not separated"}
 
 
-def test_a_claim_holds_only_beyond_its_spread(reproduce):
-    clear = reproduce.above("x", "", "", [0.5, 0.6, 0.4, 0.5], [0.1, 0.0, 0.1, 0.0])
-    noise = reproduce.above("x", "", "", [0.5, 0.0, 0.4, 0.0], [0.1, 0.3, 0.1, 0.3])
-    assert clear["holds"] and not noise["holds"]
+def test_verdicts(measure):
+    high, low, wide = [0.5, 0.6, 0.4, 0.5], [0.1, 0.0, 0.1, 0.0], [0.1, 0.7, 0.1, 0.7]
+    assert measure.above("x", "", "", high, low)["holds"] == "yes"
+    assert measure.above("x", "", "", low, high)["holds"] == "no"
+    assert measure.above("x", "", "", high, wide)["holds"] == "not separated"
+    assert measure.equal("x", "", "", high, high[::-1], 0.2)["holds"] == "yes"
+    assert measure.equal("x", "", "", high, low, 0.2)["holds"] == "no"
+    assert measure.equal("x", "", "", high, wide, 0.2)["holds"] == "not separated"
+    assert measure.over("x", "", "", 2.0, 1.5)["holds"] == "yes" and measure.over("x", "", "", 1.4, 1.5)["holds"] == "no"
 
 
-def test_bootstrap_interval_covers(reproduce):
-    """Of means of 20 normal draws, about 95 % lie in the interval: at least 85 % of 200 here."""
+def test_welch_interval_covers(measure):
+    """Of differences of two means of four normal draws, about 95 % of intervals hold the true one: 90 to 99 % of 400 here."""
     rng = np.random.default_rng(1)
-    intervals = [reproduce.bootstrap_interval(rng.normal(size=20), draws=500) for _ in range(200)]
-    covered = np.mean([low < 0 < high for low, high in intervals])
-    assert 0.85 < covered < 1
+    intervals = [measure.welch_interval(rng.normal(1, 1, 4), rng.normal(0, 3, 4)) for _ in range(400)]
+    assert 0.90 < np.mean([low < 1 < high for low, high in intervals]) < 0.99
+    assert measure.welch_interval([1, 1], [0, 0]) == (1.0, 1.0)
+
+
+def test_interquartile_mean(measure):
+    assert measure.iqm([[0, 1, 2, 3], [4, 5, 6, 100]]) == pytest.approx(3.5)  # the mean of 2, 3, 4, 5
+    scores = np.random.default_rng(0).normal(0.5, 0.1, (8, 20))
+    low, high = measure.iqm_interval(scores)
+    assert low < measure.iqm(scores) < high and high - low < 0.1
+    assert measure.iqm_interval(np.tile(np.arange(20.0), (4, 1))) == (9.5, 9.5)  # no spread over seeds: none in the interval
+
+
+def test_curves_are_read_for_each_seed(measure, tmp_path):
+    rows = ["update,seed,solved,env_steps", "0,5,0.0,", "0,6,0.2,", "10,5,,100", "10,6,,100", "20,5,1.0,200", "20,6,0.4,200"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    first, second = measure.curve([tmp_path], "env_steps", "solved")
+    np.testing.assert_array_equal(first, [[0, 200], [0, 1]])
+    np.testing.assert_array_equal(second, [[0, 200], [0.2, 0.4]])
+    np.testing.assert_allclose(measure.value_at([tmp_path, tmp_path], "env_steps", "solved", 50), [0.25, 0.25] * 2)
+    np.testing.assert_allclose(measure.value_at([tmp_path], "ppo_updates", "solved", 10), [0.5, 0.3])
+
+
+def test_a_promise_that_is_not_kept_is_an_error(reproduce, tmp_path, monkeypatch):
+    """A claim is promised if it was published as holding in every set; when it does not hold again, the program fails."""
+
+    over = reproduce.ued.over
+
+    def method(gain):
+        return SimpleNamespace(
+            train=lambda seed, num_seeds, out: gain.get(seed, 1.0),
+            claims=lambda sets: [over("a", "a", "", min(sets), 0.5), over("b", "b", "", max(sets), 0.5)],
+            report=lambda sets, out: ("table", []),
+        )
+
+    def run(gain, *flags):
+        monkeypatch.setattr(reproduce, "METHODS", {"toy": method(gain)})
+        monkeypatch.setattr(sys, "argv", ["reproduce.py", "toy", *flags])
+        reproduce.main()
+
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    run({7: 0.0}, "--seed", "0", "7", "--publish")  # neither holds in set 7 alone
+    published = json.loads((tmp_path / "results" / "toy" / "claims.json").read_text())
+    assert [(c["holds"], c["each_set"]) for c in published] == [("no", ["yes", "no"]), ("yes", ["yes", "no"])]
+    run({0: 0.0}, "--seed", "0")
+    run({}, "--seed", "0", "7", "--publish")
+    with pytest.raises(SystemExit, match=r"a \(no\), b \(no\)"):
+        run({3: 0.0}, "--seed", "3")
+
+
+def test_finished_runs_are_reused_and_others_go_on(measure, tmp_path, monkeypatch):
+    calls = []
+    config = json.dumps({"config": {"seed": 0, "num_seeds": 2}})
+
+    def train(command, check):
+        calls.append(command)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "summary.json").write_text(config)
+
+    monkeypatch.setattr(measure.subprocess, "run", train)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "1.npz").write_text("")
+    measure.trained("dr", "--lr 1", 0, 2, tmp_path / "run")
+    measure.trained("dr", "--lr 1", 0, 2, tmp_path / "run")
+    assert len(calls) == 1 and "--resume" in calls[0] and calls[0][2:4] == ["--lr", "1"]
+    with pytest.raises(SystemExit, match="another --out"):
+        measure.trained("dr", "", 5, 2, tmp_path / "run")
