@@ -129,9 +129,10 @@ def read_all(path: Path, root: Path) -> dict[str, Module]:
     modules, begun = {}, []
 
     def visit(name, label, path):
-        require(name not in begun, f"{' and '.join(dict.fromkeys(begun))} import one another")
         if name in modules:
             return
+        if name in begun:
+            raise UsageError(f"{' and '.join(begun[begun.index(name) :])} import one another")
         begun.append(name)
         module = read_module(name, label, path)
         for entry in module.imports:
@@ -165,7 +166,7 @@ def resolve(modules: dict[str, Module], meaning: str) -> str:
 def loads(node: ast.AST) -> Iterator[ast.expr]:
     """The places of a statement where a name is read: Name nodes; attributes of a bare name too, before the name itself."""
     for part in ast.walk(node):
-        named = isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)
+        named = isinstance(part, ast.Name) and not isinstance(part.ctx, ast.Store)
         if named or (isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name)):
             yield part
         elif isinstance(part, ast.Global):
@@ -302,6 +303,8 @@ def local_names(node: ast.AST) -> set[str]:
                 names.add(child.id)
             elif isinstance(child, ast.arg):
                 names.add(child.arg)
+            elif isinstance(child, ast.ExceptHandler) and child.name:
+                names.add(child.name)
     return names
 
 
@@ -317,7 +320,7 @@ def edit_lines(modules: dict[str, Module], module: Module, kept: Places) -> list
             if before != name and is_ours(modules, meaning):
                 hidden = local_names(node) & {name, before.split(".")[0]}
                 where = f"{module.label} line {part.lineno}"
-                require(not hidden, f"{where}: {before} would be hidden by the local name {', '.join(hidden)}")
+                require(not hidden, f"{where}: {before} would be hidden by the local name {', '.join(sorted(hidden))}")
                 edits.append((part.lineno - 1, part.col_offset, before.encode(), name.encode(), where))
     for row, column, before, after, where in sorted(edits, reverse=True):
         end = column + len(before)

@@ -211,7 +211,7 @@ REFUSED = {
     "common/a.py line 2: imports common.b inside": dict(
         imports="from common.a import f", common__a="def f(x):\n    from common.b import g\n    return g(x)\n"
     ),
-    "import one another": dict(
+    "common.a and common.b import one another": dict(
         imports="from common.a import f", common__a="from common.b import f\n", common__b="from common.a import f\n"
     ),
     "envs/a.py line 1: depends on __file__": dict(imports="from envs.a import f", envs__a="f = lambda x: open(__file__)\n"),
