@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.config import UsageError
-from common.standalone import export, main
+from common.standalone import export, main, read_module
 
 pytestmark = pytest.mark.timeout(280)
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,6 +254,18 @@ def test_refuses_what_would_not_run_or_mean_the_same(message, tmp_path):
 def test_a_clash_with_what_is_not_copied_is_none(tmp_path):
     a = "def step(x):\n    return x\n\n\ndef f(x):\n    return x * 5\n"
     assert output(export(write(tmp_path, "f(x)", "from common.a import f", common__a=a), tmp_path)) == "15"
+
+
+def test_no_name_means_two_things_in_common_and_envs():
+    """Found where it is written, not where an algorithm first uses both."""
+    meanings = {}
+    for path in [*(ROOT / "common").glob("*.py"), *(ROOT / "envs").glob("*.py")]:
+        if path.stem != "standalone":
+            label = f"{path.parent.name}/{path.name}"
+            for name, meaning in read_module(f"{path.parent.name}.{path.stem}", label, path).names.items():
+                meanings.setdefault(name, {})[meaning] = label
+    assert len(meanings) > 100
+    assert {name: found for name, found in meanings.items() if len(found) > 1} == {}
 
 
 def test_the_command(tmp_path):
