@@ -53,9 +53,10 @@ def curve(folders: list[Path], x: str, y: str) -> list[tuple[np.ndarray, np.ndar
     return curves
 
 
-def value_at(folders: list[Path], x: str, y: str, point: float) -> np.ndarray:
-    """y where x = point, between two rows by linear interpolation, for each seed."""
-    return np.array([np.interp(point, *pair) for pair in curve(folders, x, y)])
+def late_value(folders: list[Path], x: str, y: str, point: float) -> np.ndarray:
+    """y up to x = point, for each seed: its curve's mean over [0.8 point, point], since single evaluations scatter."""
+    where = np.linspace(0.8 * point, point, 41)
+    return np.array([np.interp(where, *pair).mean() for pair in curve(folders, x, y)])
 
 
 # --- statistics

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, curve, equal, iqm, iqm_interval, over, spread, summary, trained, value_at
+from measure import ROOT, above, curve, equal, iqm, iqm_interval, late_value, over, spread, summary, trained
 
 # name -> file, flags. DR goes on until it has made as many environment steps as the others, whose gradient updates are fewer.
 RUNS = {
@@ -100,10 +100,14 @@ def ends(folders, column) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compared(name, words, paper, ours, reference, view) -> dict:
-    """A claim that `ours` solves more held-out mazes than `reference` at an equal number of `view`, the largest both reached."""
+    """A claim that `ours` solves more held-out mazes than `reference` at an equal number of `view`, the largest both reached.
+
+    Both are means over the last fifth up to there.
+    """
     point = min(pair[0][-1] for pair in curve(ours, view, HELD) + curve(reference, view, HELD))
     amount = f"{point / 1e6:.1f} M environment steps" if view == STEPS else f"{point:.0f} PPO updates"
-    return above(name, f"{words} after {amount}", paper, value_at(ours, view, HELD, point), value_at(reference, view, HELD, point))
+    rates = (late_value(folders, view, HELD, point) for folders in (ours, reference))
+    return above(name, f"{words} after {amount}", paper, *rates)
 
 
 def replay_beats_dr(runs) -> list[dict]:
@@ -122,7 +126,7 @@ def parallel(runs) -> list[dict]:
     for name in ("PLR", "ACCEL"):
         ours, reference = runs[f"{name} parallel"], runs[name]
         point = min(pair[0][-1] for pair in curve(ours, UPDATES, HELD) + curve(reference, UPDATES, HELD))
-        rates = value_at(ours, UPDATES, HELD, point), value_at(reference, UPDATES, HELD, point)
+        rates = late_value(ours, UPDATES, HELD, point), late_value(reference, UPDATES, HELD, point)
         words = f"parallel {name} solves as many held-out mazes as {name} after {point:.0f} PPO updates"
         made.append(equal(f"{name.lower()}-parallel-matches", words, "2311.12716, Sec. 5: it does", *rates, margin=0.15))
         words, paper = f"parallel {name} is faster per PPO update than {name}", "2311.12716, Fig. 1: 1.3 to 1.4 times, on a GPU"

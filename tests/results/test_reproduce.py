@@ -78,8 +78,9 @@ def test_curves_are_read_for_each_seed(measure, tmp_path):
     first, second = measure.curve([tmp_path], "env_steps", "solved")
     np.testing.assert_array_equal(first, [[0, 200], [0, 1]])
     np.testing.assert_array_equal(second, [[0, 200], [0.2, 0.4]])
-    np.testing.assert_allclose(measure.value_at([tmp_path, tmp_path], "env_steps", "solved", 50), [0.25, 0.25] * 2)
-    np.testing.assert_allclose(measure.value_at([tmp_path], "ppo_updates", "solved", 10), [0.5, 0.3])
+    # the mean of a straight line over [80, 100] of 200, and over [8, 10] of 20
+    np.testing.assert_allclose(measure.late_value([tmp_path, tmp_path], "env_steps", "solved", 100), [0.45, 0.29] * 2)
+    np.testing.assert_allclose(measure.late_value([tmp_path], "ppo_updates", "solved", 10), [0.45, 0.29])
 
 
 def test_a_promise_that_is_not_kept_is_an_error(reproduce, tmp_path, monkeypatch):
