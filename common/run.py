@@ -145,7 +145,8 @@ def what_broke(finite: np.ndarray, metrics: dict, lanes: list[dict], t: int) -> 
     update = int(np.argmin(finite.all(0)))
     lane = int(np.argmin(finite[:, update]))
     floats = {name: values[lane, update] for name, values in metrics.items() if np.issubdtype(values.dtype, np.floating)}
-    names = ", ".join(name for name, value in floats.items() if not np.isfinite(value))
+    names = [name for name, value in floats.items() if not np.isfinite(value)]
+    names = ", ".join(sorted(names, key=lambda name: "loss" not in name)[:3])  # some may be NaN for another reason: losses first
     where = " ".join(f"{name} {value}" for name, value in lanes[lane].items())
     return f"update {t + update + 1}, {where}: the parameters are no longer finite" + (f", nor is {names}" if names else "")
 
