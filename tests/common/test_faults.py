@@ -81,7 +81,8 @@ def test_killed_at_random_moments_it_ends_where_an_uninterrupted_run_does(tmp_pa
     for kill in range(KILLS):
         with begun(tmp_path, *LONG, "--out", "killed", *resume) as process:
             if chance.random() < 0.75:
-                target = chance.uniform(0.1, 0.9) * UPDATES * (kill + 1) / (KILLS + 1)
+                last = last_update(folder)
+                target = last + chance.random() * (UPDATES - last) / (KILLS - kill + 1)
                 wait_for(lambda process=process, target=target: last_update(folder) > target or process.poll() is not None)
                 time.sleep(chance.uniform(0, 0.05))
             else:
@@ -144,8 +145,8 @@ def test_a_chunk_that_does_not_end_in_time_is_given_up(signals, notice, code, sa
 
 def limit_files(size):
     """What runs a command so that no file may grow beyond `size` bytes, as if the disk were full."""
-    limit = f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); os.execv(sys.argv[1], sys.argv[1:])"
-    return sys.executable, "-c", limit
+    limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    return sys.executable, "-c", f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def test_a_full_disk_ends_the_run_and_loses_nothing(tmp_path):
