@@ -32,13 +32,17 @@ def new_or_newest(runs: Path, resume: bool) -> Path:
 
 
 class RunFiles:
-    """The folder of a run and all that is written to it. `lanes` say what is trained side by side: {"seed": 0}, {"seed": 1}, ..."""
+    """The folder of a run and all that is written to it.
 
-    def __init__(self, config: RunConfig, method: str, lanes: list[dict] | None = None):
+    `lanes` say what is trained side by side, {"seed": 0}, {"seed": 1}, ...; `whole` is the folder of the sweep that it belongs to.
+    """
+
+    def __init__(self, config: RunConfig, method: str, lanes: list[dict] | None = None, whole: Path | None = None):
         self.config, self.method = config, method
         self.lanes = lanes or [{"seed": config.seed + i} for i in range(config.num_seeds)]
         choose = lambda: Path(config.out) if config.out else new_or_newest(Path("runs") / method, config.resume)
         self.folder = Path(from_main(lambda: str(choose()).encode()).decode())
+        self.whole = whole or self.folder
         self.rows: list[dict] = []
         self.train_s, self.began = 0.0, time.perf_counter()
         self._columns: list[str] = []

@@ -63,7 +63,17 @@ def run(config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple
         mesh = make_mesh(config.num_seeds, config.split_size)
         with jax.set_mesh(mesh):
             files = RunFiles(config, method_name())
-            train_and_record(Programs(config, make_train(config), mesh), files, stop, highlights)
+            if train_and_record(Programs(config, make_train(config), mesh), files, stop, highlights):
+                print_results(files)
+
+
+def print_results(files: RunFiles) -> None:
+    """Ends a run's output: the evaluation at its start and its end."""
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_main())
+    console.print(files.table())
+    console.print(f"figures, videos, metrics.csv and summary.json are in {files.folder}")
 
 
 def begin(config: RunConfig) -> StopSignal:
@@ -121,8 +131,6 @@ def train_and_record(programs: "Programs", files: RunFiles, stop: StopSignal, hi
                 return False
     raise_anywhere(files.wait(), files)
     raise_anywhere(files.finish(programs.compile_s), files)
-    console.print(files.table())
-    console.print(f"figures, videos, metrics.csv and summary.json are in {files.folder}")
     return True
 
 
@@ -154,7 +162,7 @@ def what_broke(finite: np.ndarray, metrics: dict, lanes: list[dict], t: int) -> 
 def where_to_go_on(files: RunFiles) -> str:
     """Words for the end of a run that is not finished."""
     newest = files.newest_checkpoint()
-    return f"saved in {newest}; to go on: --resume --out {files.folder}" if newest else "nothing was saved yet"
+    return f"saved in {newest}; to go on: --resume --out {files.whole}" if newest else "nothing was saved yet"
 
 
 def raise_anywhere(problem: OSError | None, files: RunFiles) -> None:

@@ -13,7 +13,7 @@ def require_trackers(config) -> None:
     """Raises UsageError if a tracker that is asked for is not installed."""
     for flag, package in PACKAGES.items():
         found = not getattr(config, flag) or find_spec(package)
-        require(found, f"--{flag}: the package {package} is not installed: pip install {package}")
+        require(found, f"--{flag}: the package {package} is not installed: pip install 'nightjax[{package}]'")
 
 
 def open_trackers(config, method: str, folder: Path) -> list[Callable[[int, dict], None]]:
