@@ -157,7 +157,7 @@ class RunFiles:
         if self._trackers:
             names = ["-".join(f"{k}{v}" for k, v in lane.items()) for lane in self.lanes]
             flat = {name: float(np.mean(v)) for name, v in values.items()}
-            flat |= {f"{name}/{lane}": x for name, v in values.items() for lane, x in zip(names, v, strict=True)}
+            flat |= {f"{name}/{lane}": float(x) for name, v in values.items() for lane, x in zip(names, v, strict=True)}
             for track in self._trackers:
                 track(update, flat)
 
