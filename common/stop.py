@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 20.0  # seconds that a chunk of updates may take to end after a signal
 
 
@@ -21,7 +22,7 @@ class StopSignal:
         self._noticed = threading.Event()
         receive, send = os.pipe()
         os.set_blocking(send, False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
         signal.set_wakeup_fd(send, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(receive,), daemon=True).start()
@@ -33,7 +34,8 @@ class StopSignal:
         return self.asked
 
     def _watch(self, receive: int) -> None:
-        os.read(receive, 1)
+        while os.read(receive, 1)[0] not in SIGNALS:  # others may have handlers of their own
+            pass
         self.asked = True
         again, _, _ = select.select([receive], [], [], GRACE)
         if not again and self.give_up and not self._noticed.is_set():
