@@ -17,6 +17,10 @@ class UsageError(ValueError):
     """A request that cannot be met; its message is one line that says what is wrong and what would be right."""
 
 
+class Fault(RuntimeError):
+    """A run that cannot go on (a full disk, parameters that are no longer finite); its message is one line."""
+
+
 def require(condition: bool, message: str) -> None:
     """Raises UsageError(message) unless the condition holds."""
     if not condition:
@@ -43,14 +47,26 @@ class RunConfig:
     """Updates between two evaluations, a multiple of log_every. The start and the end are always evaluated."""
     save_every: int = 100
     """Updates between two checkpoints, a multiple of log_every. The end is always saved."""
+    keep: int = 2
+    """Checkpoints kept, the newest ones."""
     resume: bool = False
     """Continue the newest good checkpoint in --out (without --out: of the method's newest run)."""
+    allow_nan: bool = False
+    """Go on when parameters are no longer finite, instead of stopping."""
+    distributed: bool = False
+    """Join the other hosts of this run. On by itself where the cluster's environment variables name several processes."""
+    profile: bool = False
+    """Write a trace of one chunk of updates to OUT/profile, for TensorBoard's profiler or Perfetto."""
+    tensorboard: bool = False
+    """Write the metrics to OUT/tensorboard too."""
+    wandb: bool = False
+    """Send the metrics to Weights & Biases too."""
     cache: str = "~/.cache/nightjax"
     """Folder of compiled programs kept between runs; "none" keeps none."""
 
     def __post_init__(self):
         require(self.seed >= 0, f"--seed {self.seed}: must not be negative")
-        for name in ("num_seeds", "num_updates", "log_every", "eval_every", "save_every"):
+        for name in ("num_seeds", "num_updates", "log_every", "eval_every", "save_every", "keep"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
         for name in ("num_updates", "eval_every", "save_every"):
@@ -83,10 +99,10 @@ def method_name() -> str:
     return Path(sys.argv[0]).stem
 
 
-def die(message: str) -> None:
-    """Prints one line to stderr and exits with code 2."""
+def die(message: str, code: int = 2) -> None:
+    """Prints one line to stderr and exits with `code`: 2 for a request that cannot be met, 1 for a run that failed."""
     print(f"{method_name()}: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def cli(config_type: type, doc: str, presets: dict[str, Any] | None = None, args: list[str] | None = None):

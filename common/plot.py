@@ -54,6 +54,26 @@ def save_curves(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], x_
     _save_figure(path, figure)
 
 
+def save_comparison(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], x_label: str) -> None:
+    """A panel per metric: of every name in it x (P,), values (num_seeds, P), the mean and a band of one standard error."""
+    from matplotlib.figure import Figure
+
+    num_lines = max(len(lines) for lines in curves.values())
+    figure = Figure(figsize=(4.5 * len(curves), 3.2 + 0.16 * num_lines), layout="constrained")
+    for axes, (metric, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for place, (name, (x, values)) in enumerate(lines.items()):
+            mean, error = values.mean(0), values.std(0) / math.sqrt(len(values))
+            colour = f"C{place % 10}"
+            axes.plot(x, mean, color=colour, linewidth=1.4, linestyle=("-", "--", ":")[place // 10 % 3], label=name)
+            axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.15)
+        axes.set_title(metric, fontsize=9)
+        axes.set_xlabel(x_label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", fontsize=7, ncols=2)
+    _save_figure(path, figure)
+
+
 def save_strips(path: Path, images: dict[int, np.ndarray], title: str) -> None:
     """Pictures through time under one another, each labelled with its update; at most eight, evenly spaced."""
     from matplotlib.figure import Figure

@@ -6,18 +6,14 @@ update    a flat dict of scalars. Per row of metrics.csv: the mean over the row'
           did not happen, which the mean passes over), the last value of what is integer (counters).
 evaluate  a flat dict. Scalars go to metrics.csv; uint8 (H, W, 3) is a picture, kept through time as figures/NAME.png; uint8
           (T, H, W, 3) is a film, videos/NAME.gif, the seeds side by side; any other array goes to arrays/NAME.npy.
+
+Where the state has leaves with `params` in their name, a run stops when one of them is no longer finite.
 """
 
-import json
-import os
-import platform
-import resource
-import signal
-import subprocess
+import contextlib
+import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,12 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from common import checkpoint, plot
-from common.config import RunConfig, UsageError, as_dict, die, method_name
+from common.checkpoint import snapshot
+from common.config import Fault, RunConfig, UsageError, die, method_name
 from common.devices import make_mesh, setup_devices
+from common.files import RunFiles
+from common.hosts import agree, gather, is_main, join_hosts
+from common.stop import StopSignal
+from common.trackers import require_trackers
 
-KEPT_CHECKPOINTS = 2
-NOT_COMPARED = ("out", "resume", "cache")  # settings that may differ when a run is resumed
+FINITE = "params_finite"
 
 
 class Train(NamedTuple):
@@ -56,72 +55,158 @@ def nothing_like(function, *args):
 def run(config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple[str, ...] = ()) -> None:
     """Trains, evaluates, logs and saves, then prints a table. `highlights` name the metrics shown beside the progress bar.
 
-    Ends the program with one line and code 2 if the request cannot be met, before anything is compiled or overwritten.
+    Ends the program with one line and code 2 if the request cannot be met, before anything is compiled or overwritten; with one
+    line and code 1 if the run cannot go on.
     """
-    try:
-        setup_devices(config.cache)
+    with faults_in_one_line():
+        stop = begin(config)
         mesh = make_mesh(config.num_seeds, config.split_size)
-        files = RunFiles(config)
         with jax.set_mesh(mesh):
-            programs = Programs(config, make_train(config), mesh)
-            state, start = files.open(programs)
-            _train(config, programs, files, state, start, highlights)
-    except UsageError as error:
-        die(str(error))
+            files = RunFiles(config, method_name())
+            if train_and_record(Programs(config, make_train(config), mesh), files, stop, highlights):
+                print_results(files)
 
 
-def _train(config, programs, files, state, start, highlights) -> None:
+def print_results(files: RunFiles) -> None:
+    """Ends a run's output: the evaluation at its start and its end."""
     from rich.console import Console
 
-    console = Console(highlight=False)
-    stop = StopSignal()
-    programs.compile()
-    console.print(
-        f"[bold]{files.method}[/bold]: {config.num_seeds} seeds on {jax.device_count()} devices, "
-        f"compiled in {programs.compile_s:.0f} s, writing to {files.folder}"
-    )
-    if start == 0:
-        files.add_evaluation(0, {}, programs.evaluate(state))
-    with progress_bar(console, config.num_updates, start) as bar:
-        for t in range(start, config.num_updates, config.log_every):
-            began = time.perf_counter()
-            state, metrics = programs.chunk(state, t)
-            files.train_s += time.perf_counter() - began
-            end = t + config.log_every
-            if end % config.eval_every == 0 or end == config.num_updates:
-                files.add_evaluation(end, metrics, programs.evaluate(state))
-            else:
-                files.add_row(end, metrics)
-            if end % config.save_every == 0 or end == config.num_updates or stop.asked:
-                files.save(end, state)
-            bar(end, files.latest(highlights))
-            if stop.asked:
-                console.print(f"stopped after {end} updates; to go on: --resume --out {files.folder}")
-                return
-    files.finish(programs.compile_s)
+    console = Console(highlight=False, soft_wrap=True, quiet=not is_main())
     console.print(files.table())
     console.print(f"figures, videos, metrics.csv and summary.json are in {files.folder}")
 
 
-class Programs:
-    """The compiled programs of a run: all seeds together, laid out over the mesh."""
+def begin(config: RunConfig) -> StopSignal:
+    """What comes before the first use of a device. Returns the signal to stop."""
+    require_trackers(config)
+    join_hosts(config.distributed)
+    setup_devices(config.cache)
+    return StopSignal()
 
-    def __init__(self, config: RunConfig, train: Train, mesh: jax.sharding.Mesh):
+
+@contextlib.contextmanager
+def faults_in_one_line():
+    """Ends the program with one line where a request cannot be met (code 2) or a run cannot go on (code 1)."""
+    try:
+        yield
+    except UsageError as error:
+        die(str(error))
+    except Fault as error:
+        if not is_main():
+            sys.exit(1)
+        die(str(error), 1)
+
+
+def train_and_record(programs: "Programs", files: RunFiles, stop: StopSignal, highlights: tuple[str, ...] = ()) -> bool:
+    """Trains from where the folder's run is to the end, and writes what comes of it -> whether it came to the end.
+
+    Raises Fault where the run cannot go on; what was saved before stays.
+    """
+    from rich.console import Console
+
+    config, console = programs.config, Console(highlight=False, soft_wrap=True, quiet=not is_main())
+    if jax.process_count() == 1:  # several processes end together, or the others would wait for the one that is gone
+        stop.give_up = lambda: print(f"stopped before the chunk's end; {where_to_go_on(files)}", flush=True)
+    state, start = files.open(programs)
+    programs.compile()
+    console.print(
+        f"[bold]{files.method}[/bold]: {len(files.lanes)} seeds on {jax.device_count()} devices, "
+        f"compiled in {programs.compile_s:.0f} s, writing to {files.folder}"
+    )
+    if start == 0:
+        raise_anywhere(files.record(0, {}, programs.evaluate(state), None), files)
+    profiled = min(start + config.log_every, config.num_updates - config.log_every)  # the second chunk, if there is one
+    with progress_bar(console, config.num_updates, start) as bar:
+        for t in range(start, config.num_updates, config.log_every):
+            began = time.perf_counter()
+            with tracing(files.folder / "profile", config.profile and t == profiled):
+                state, metrics = programs.chunk(state, t)
+            files.train_s += time.perf_counter() - began
+            stopped = agree(stop.notice())
+            record_chunk(programs, files, state, t, metrics, stopped)
+            bar(t + config.log_every, files.latest(highlights))
+            if stopped and t + config.log_every < config.num_updates:
+                raise_anywhere(files.wait(), files)
+                console.print(f"stopped after {t + config.log_every} updates; {where_to_go_on(files)}")
+                return False
+    raise_anywhere(files.wait(), files)
+    raise_anywhere(files.finish(programs.compile_s), files)
+    return True
+
+
+def record_chunk(programs: "Programs", files: RunFiles, state, t: int, metrics: dict, stopped: bool) -> None:
+    """Writes what came of the updates from t: metrics, and an evaluation and a checkpoint where they are due."""
+    config, end = programs.config, t + programs.config.log_every
+    finite, last = metrics.pop(FINITE), end == config.num_updates
+    fine = finite.all() or config.allow_nan
+    results = programs.evaluate(state) if end % config.eval_every == 0 or last else {}
+    due = end % config.save_every == 0 or last or stopped
+    raise_anywhere(files.record(end, metrics, results, snapshot(state) if due and fine else None), files)
+    if not fine:
+        raise_anywhere(files.wait(), files)
+        words = what_broke(finite, metrics, files.lanes, t)
+        raise Fault(f"{words}; --allow-nan goes on all the same; {where_to_go_on(files)}")
+
+
+def what_broke(finite: np.ndarray, metrics: dict, lanes: list[dict], t: int) -> str:
+    """The first update (counted from 1) whose parameters are not finite, in which lane, and which of its metrics are not."""
+    update = int(np.argmin(finite.all(0)))
+    lane = int(np.argmin(finite[:, update]))
+    floats = {name: values[lane, update] for name, values in metrics.items() if np.issubdtype(values.dtype, np.floating)}
+    names = [name for name, value in floats.items() if not np.isfinite(value)]
+    names = ", ".join(sorted(names, key=lambda name: "loss" not in name)[:3])  # some may be NaN for another reason: losses first
+    where = " ".join(f"{name} {value}" for name, value in lanes[lane].items())
+    return f"update {t + update + 1}, {where}: the parameters are no longer finite" + (f", nor is {names}" if names else "")
+
+
+def where_to_go_on(files: RunFiles) -> str:
+    """Words for the end of a run that is not finished."""
+    newest = files.newest_checkpoint()
+    return f"saved in {newest}; to go on: --resume --out {files.whole}" if newest else "nothing was saved yet"
+
+
+def raise_anywhere(problem: OSError | None, files: RunFiles) -> None:
+    """Raises Fault on every process where the first has a problem with its files."""
+    if agree(problem is not None):
+        reason = (problem.strerror or str(problem)) if problem else "see the first process"
+        raise Fault(f"{files.folder} cannot be written: {reason}; {where_to_go_on(files)}") from problem
+
+
+def tracing(folder, wanted: bool):
+    """A context in which JAX's profiler writes a trace."""
+    return jax.profiler.trace(str(folder)) if wanted and is_main() else contextlib.nullcontext()
+
+
+class Programs:
+    """The compiled programs of a run: all lanes together, laid out over the mesh. A lane is a seed, or a variant's seed.
+
+    `train` is what every seed does; or a function choice -> Train, int32 () -> what a variant does. The seeds of the first of
+    `num_variants` variants come first.
+    """
+
+    def __init__(self, config: RunConfig, train: Train | Callable, mesh: jax.sharding.Mesh, num_variants: int = 1):
         self.config, self.compile_s = config, 0.0
         self.layout = NamedSharding(mesh, PartitionSpec("seed"))
-        over_seeds = dict(spmd_axis_name="seed")
+        self._seeds = np.tile(np.arange(config.seed, config.seed + config.num_seeds), num_variants)
+        choices = np.repeat(np.arange(num_variants, dtype=np.int32), config.num_seeds)
+        train_of = train if callable(train) else lambda choice: train
+        over_lanes = dict(spmd_axis_name="seed")
 
         def init(seeds):
-            return jax.vmap(lambda seed: train.init(jax.random.key(seed)), **over_seeds)(seeds)
+            return jax.vmap(lambda seed, choice: train_of(choice).init(jax.random.key(seed)), **over_lanes)(seeds, choices)
 
         def chunk(state, updates):
-            scan = jax.vmap(lambda state, updates: jax.lax.scan(train.update, state, updates), (0, None), **over_seeds)
-            return scan(state, updates)
+            def scan(state, choice):
+                return jax.lax.scan(with_check(train_of(choice).update), state, updates)
 
-        self._seeds = np.arange(config.seed, config.seed + config.num_seeds)
+            return jax.vmap(scan, **over_lanes)(state, choices)
+
+        def evaluate(state):
+            return jax.vmap(lambda state, choice: train_of(choice).evaluate(state), **over_lanes)(state, choices)
+
         self._init = jax.jit(init, out_shardings=self.layout)
         self._chunk = jax.jit(chunk, in_shardings=(self.layout, None), out_shardings=self.layout, donate_argnums=0)
-        self._evaluate = jax.jit(jax.vmap(train.evaluate, **over_seeds), in_shardings=(self.layout,))
+        self._evaluate = jax.jit(evaluate, in_shardings=(self.layout,), out_shardings=self.layout)
         self.state_shape = jax.eval_shape(init, self._seeds)  # also finds mistakes before the first compile
 
     def compile(self) -> None:
@@ -133,203 +218,50 @@ class Programs:
         self.compile_s += time.perf_counter() - began
 
     def init(self):
-        """The first state of every seed."""
+        """The first state of every lane."""
         began = time.perf_counter()
         state = jax.block_until_ready(self._init(self._seeds))
         self.compile_s += time.perf_counter() - began  # nearly all of it is compiling
         return state
 
     def place(self, state):
-        """Spreads a state that was read from a file over the devices."""
-        return jax.tree.map(lambda x: jax.device_put(x, self.layout), state)
+        """Spreads a state that was read from a file over the devices of every process."""
+
+        def place_leaf(x):
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                wrap = lambda data: jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+                return jax.jit(wrap, out_shardings=self.layout)(place_leaf(np.asarray(jax.random.key_data(x))))
+            return jax.make_array_from_callback(x.shape, self.layout, lambda index: np.asarray(x[index]))
+
+        return jax.tree.map(place_leaf, state)
 
     def chunk(self, state, t: int):
-        """`log_every` updates from update t -> state, metrics as numpy (num_seeds, log_every). The state given is used up."""
-        state, metrics = self._chunk(state, jnp.arange(t, t + self.config.log_every, dtype=jnp.int32))
-        return state, jax.device_get(metrics)
+        """`log_every` updates from update t -> state, metrics as numpy (lanes, log_every). The state given is used up.
+
+        The metric `params_finite` says after which updates the parameters were finite.
+        """
+        state, metrics = self._chunk(state, np.arange(t, t + self.config.log_every, dtype=np.int32))
+        return state, gather(metrics)
 
     def evaluate(self, state) -> dict:
-        """The method's evaluation as numpy, a leading axis of seeds."""
-        return jax.device_get(self._evaluate(state))
+        """The method's evaluation as numpy, a leading axis of lanes."""
+        return gather(self._evaluate(state))
 
 
-class StopSignal:
-    """Notes SIGTERM and SIGINT, so that a run stops after its current chunk. A second one stops at once."""
+def with_check(update: Callable) -> Callable:
+    """`update`, with a metric that says whether every leaf of the state with `params` in its name is finite."""
 
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+    def checked(state, t):
+        state, metrics = update(state, t)
+        leaves = jax.tree_util.tree_leaves_with_path(state)
+        params = [x for path, x in leaves if "params" in jax.tree_util.keystr(path) and jnp.issubdtype(x.dtype, jnp.floating)]
+        return state, metrics | {FINITE: jnp.array([jnp.isfinite(x).all() for x in params], bool).all()}
 
-    def _note(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-
-class RunFiles:
-    """The folder of a run and all that is written to it."""
-
-    def __init__(self, config: RunConfig):
-        self.config, self.method = config, method_name()
-        self.folder = Path(config.out) if config.out else self._default_folder()
-        self.rows: list[dict] = []
-        self.train_s = 0.0
-        self.began = time.perf_counter()
-
-    def _default_folder(self) -> Path:
-        runs = Path("runs") / self.method
-        numbers = [int(path.name) for path in runs.glob("*") if path.name.isdigit()]
-        newest = max(numbers, default=0)
-        if self.config.resume and not newest:
-            raise UsageError(f"--resume: there is no run in {runs}")
-        return runs / str(newest if self.config.resume else newest + 1)
-
-    def open(self, programs: Programs):
-        """-> the state to begin from and its update index. Raises UsageError rather than touch a folder it should not."""
-        held = (self.folder / "config.json").exists()
-        if held and not self.config.resume:
-            raise UsageError(f"{self.folder} holds a run already: give --resume to go on with it, or another --out")
-        found = checkpoint.newest_good(self.folder / "checkpoints") if self.config.resume else None
-        if self.config.resume and not held:
-            raise UsageError(f"--resume: {self.folder} holds no run")
-        if found:
-            return self._resume(programs, *found)
-        if held:
-            print(f"{self.folder} holds no good checkpoint yet: beginning anew")
-        text = json.dumps(as_dict(self.config), indent=1)
-        try:
-            checkpoint.write_atomically(self.folder / "config.json", lambda file: file.write(text.encode()))
-        except OSError as error:
-            raise UsageError(f"--out {self.folder} cannot be written: {error.strerror}") from error
-        return programs.init(), 0
-
-    def _resume(self, programs: Programs, path: Path, meta: dict):
-        ours = {k: v for k, v in as_dict(self.config).items() if k not in NOT_COMPARED}
-        theirs = {k: v for k, v in meta["config"].items() if k not in NOT_COMPARED}
-        changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
-        if changed or meta["method"] != self.method:
-            what = ", ".join(f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in changed) or meta["method"]
-            raise UsageError(f"--resume: {path} was made with {what}: give the same settings, or another --out")
-        self.rows, self.train_s = meta["rows"], meta["train_s"]
-        return programs.place(checkpoint.load(path, programs.state_shape)), meta["update"]
-
-    def add_row(self, update: int, metrics: dict, evaluation: dict | None = None) -> None:
-        """Adds a line per seed to metrics.csv."""
-        columns = {name: _reduce(values) for name, values in metrics.items()} | (evaluation or {})
-        for k in range(self.config.num_seeds):
-            row = {"update": update, "seed": self.config.seed + k}
-            self.rows.append(row | {name: np.asarray(values)[k].item() for name, values in columns.items()})
-        self._write_csv()
-
-    def add_evaluation(self, update: int, metrics: dict, results: dict) -> None:
-        """Adds a row with an evaluation, and keeps its pictures, films and arrays."""
-        self.add_row(update, metrics, {k: v for k, v in results.items() if v.ndim == 1})
-        for name, value in results.items():
-            if value.dtype == np.uint8 and value.ndim == 4:
-                plot.save_image(self.folder / "figures" / name / f"{update:08d}.png", value[0])
-            elif value.dtype == np.uint8 and value.ndim == 5:
-                plot.save_gif(self.folder / "videos" / f"{name}.gif", np.concatenate(value, axis=2))
-            elif value.ndim > 1:
-                path = self.folder / "arrays" / f"{name}.npy"
-                checkpoint.write_atomically(path, lambda file, value=value: np.save(file, value))
-
-    def _columns(self) -> list[str]:
-        return list(dict.fromkeys(name for row in self.rows for name in row))
-
-    def _write_csv(self) -> None:
-        columns = self._columns()
-        lines = [",".join(columns)] + [",".join(_text(row.get(name)) for name in columns) for row in self.rows]
-        text = "\n".join(lines) + "\n"
-        checkpoint.write_atomically(self.folder / "metrics.csv", lambda file: file.write(text.encode()))
-
-    def save(self, update: int, state) -> None:
-        """Writes a checkpoint and removes all but the newest few."""
-        folder = self.folder / "checkpoints"
-        meta = dict(method=self.method, config=as_dict(self.config), update=update, rows=self.rows, train_s=self.train_s)
-        checkpoint.save(folder / f"{update:08d}.npz", jax.device_get(state), meta)
-        checkpoint.keep_last(folder, KEPT_CHECKPOINTS)
-
-    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """A column of metrics.csv where it has values: updates (P,), values (num_seeds, P)."""
-        points = {}
-        for row in self.rows:
-            if row.get(name) is not None:
-                points.setdefault(row["update"], []).append(row[name])
-        return np.array(list(points)), np.array(list(points.values()), float).T
-
-    def latest(self, names: tuple[str, ...]) -> dict[str, float]:
-        """The newest mean over seeds of each of the metrics named."""
-        return {name: float(self.series(name)[1][:, -1].mean()) for name in names if len(self.series(name)[0])}
-
-    def finish(self, compile_s: float) -> None:
-        """Writes the figures and summary.json."""
-        names = [name for name in self._columns() if name not in ("update", "seed", "env_steps")]
-        curves = {name: self.series(name) for name in names}
-        plot.save_curves(self.folder / "figures" / "curves.png", {k: v for k, v in curves.items() if len(v[0]) > 1}, "update")
-        for folder in (self.folder / "figures").glob("*/"):
-            title = f"{self.method}, seed {self.config.seed}: {folder.name} through training"
-            plot.save_strips(folder.with_suffix(".png"), plot.read_strips(folder), title)
-        env_steps = self.latest(("env_steps",)).get("env_steps", 0) * self.config.num_seeds
-        summary = {
-            "method": self.method,
-            "config": as_dict(self.config),
-            "commit": _commit(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("jax", "jaxlib", "optax")},
-            },
-            "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores",
-            "compile_s": compile_s,
-            "wall_s": time.perf_counter() - self.began,
-            "train_s": self.train_s,
-            "steps_per_s": env_steps / self.train_s if self.train_s else None,
-            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "start": {name: values[:, 0].tolist() for name, (x, values) in curves.items() if x[0] == 0},
-            "final": {name: values[:, -1].tolist() for name, (x, values) in curves.items()},
-        }
-        text = json.dumps(summary, indent=1)
-        checkpoint.write_atomically(self.folder / "summary.json", lambda file: file.write(text.encode()))
-
-    def table(self):
-        """The evaluation at the start and at the end, mean and standard deviation over seeds."""
-        from rich.table import Table
-
-        table = Table(title=f"{self.method}: mean (standard deviation) over {self.config.num_seeds} seeds")
-        for column, justify in (("", "left"), ("start", "right"), (f"update {self.rows[-1]['update']}", "right")):
-            table.add_column(column, justify=justify)
-        for name in self._columns():
-            updates, values = self.series(name)
-            if name not in ("update", "seed") and len(updates) and updates[0] == 0:
-                table.add_row(name, *(f"{values[:, i].mean():.3f} ({values[:, i].std():.3f})" for i in (0, -1)))
-        return table
-
-
-def _reduce(values: np.ndarray) -> np.ndarray:
-    """(num_seeds, updates) -> (num_seeds,): the last of a counter, else the mean of what happened (NaN if nothing did)."""
-    if np.issubdtype(values.dtype, np.integer):
-        return values[:, -1]
-    happened = ~np.isnan(values)
-    total = np.where(happened, values, 0).sum(1)
-    return np.where(happened.any(1), total / np.maximum(happened.sum(1), 1), np.nan)
-
-
-def _text(value) -> str:
-    return "" if value is None else f"{value:.9g}" if isinstance(value, float) else str(value)
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, `-dirty` added where it was changed; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return checked
 
 
 def progress_bar(console, num_updates: int, start: int):
     """A context that gives `bar(update, metrics)`: updates, updates per second, time left, and the metrics."""
-    import contextlib
-
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -339,7 +271,7 @@ def progress_bar(console, num_updates: int, start: int):
     )
 
     columns = (BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(compact=True))
-    progress = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=console)
+    progress = Progress(*columns, TextColumn("{task.fields[metrics]}"), console=console, disable=not is_main())
 
     @contextlib.contextmanager
     def context():

@@ -1,7 +1,11 @@
 """Checkpoints: bitwise round trips, refusals, damaged files, atomic writes."""
 
 import builtins
+import io
 import itertools
+import os
+import tracemalloc
+import zipfile
 from typing import NamedTuple
 
 import jax
@@ -10,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from common.checkpoint import keep_last, load, newest_good, read_meta, save, write_atomically
+from common.checkpoint import CheckpointWriter, keep_last, load, newest_good, read_meta, save, snapshot, write_atomically
 from common.config import UsageError
 
 pytestmark = pytest.mark.timeout(120)
@@ -129,6 +133,72 @@ def test_pickled_objects_are_refused(tmp_path):
     assert not hasattr(builtins, "unpickled")
 
 
+def rewrite(path, change, **options):
+    """Writes a checkpoint's parts anew, each as `change(name, data)` has it (name -> data), with zipfile's own options."""
+    with zipfile.ZipFile(path) as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w", **options) as file:
+        for name, data in change(parts):
+            file.writestr(name, data)
+
+
+def header(shape, dtype="<f4"):
+    """The head of an array that is not there."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+HOSTILE = {
+    "bomb": (lambda parts: [*parts.items(), ("a.npy", header((1 << 24,)) + bytes(1 << 26))], "packed"),
+    "huge shape": (lambda parts: [*(parts | {"a.npy": header((1 << 40, 1 << 20))}).items()], "declares"),
+    "more than it holds": (lambda parts: [*(parts | {"a.npy": header((51,), "<i8") + bytes(400)}).items()], "declares"),
+    "negative": (lambda parts: [*(parts | {"a.npy": header((-5, -10), "<i8") + bytes(400)}).items()], "declares"),
+    "path up": (lambda parts: [*parts.items(), ("../../etc/x.npy", b"")], "name"),
+    "absolute path": (lambda parts: [*parts.items(), ("/etc/x.npy", b"")], "name"),
+    "other file": (lambda parts: [*parts.items(), ("run.py", b"print()")], "name"),
+    "twice": (lambda parts: [*parts.items(), *parts.items()], "twice"),
+    "meta of objects": (lambda parts: [*(parts | {"__meta__.npy": header((), "|O") + b"cos"}).items()], "pickle"),
+    "meta is a list": (lambda parts: [*(parts | {"__meta__.npy": text_array("[1]")}).items()], "does not say"),
+    "meta is deep": (lambda parts: [*(parts | {"__meta__.npy": text_array("[" * 100_000)}).items()], "recursion"),
+}
+
+
+def text_array(text):
+    file = io.BytesIO()
+    np.save(file, np.array(text))
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_files_are_refused_in_little_memory(tmp_path, capsys, case):
+    change, word = HOSTILE[case]
+    save_numbered(tmp_path, 1, 2)
+    path = tmp_path / "00000002.npz"
+    rewrite(path, change, compression=zipfile.ZIP_DEFLATED if case == "bomb" else zipfile.ZIP_STORED)
+    tracemalloc.start()
+    found = newest_good(tmp_path)
+    if found[0] == path:  # the head of an array is read when the array is wanted
+        with pytest.raises(ValueError, match=word):
+            load(path, {"a": np.arange(50)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    said = capsys.readouterr().out
+    assert found[0] == path or (found[1] == {"update": 1} and word in said and said.count("\n") == 1)
+    assert peak < 20e6
+
+
+def test_a_shape_that_differs_is_refused_before_data_is_read(tmp_path):
+    save(tmp_path / "1.npz", {"a": np.zeros(10_000_000)}, {})
+    tracemalloc.start()
+    with pytest.raises(UsageError, match="10000000"):
+        load(tmp_path / "1.npz", {"a": np.zeros(3)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1e6
+
+
 # --- which file to go on from
 
 
@@ -237,3 +307,40 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(TypeError):
         save(tmp_path / "00000001.npz", {"a": np.zeros(3)}, {"update": object()})
     assert newest_good(tmp_path)[1] == {"update": 1}
+
+
+# --- writing beside the training
+
+
+def test_a_snapshot_outlives_its_buffers():
+    """A donated buffer's memory is used again: on CPU what device_get gives would change with it."""
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(100_000)
+    held = snapshot({"x": x})
+    for _ in range(3):
+        x = jax.block_until_ready(step(x))
+    assert (held.arrays["x"] == 0).all() and held.types == {"x": "float32"}
+
+
+def test_the_writer_keeps_the_newest_and_hands_errors_over(tmp_path):
+    writer = CheckpointWriter(tmp_path / "c", keep=2)
+    for update in (1, 2, 30):
+        writer.write(update, snapshot({"a": jnp.full(3, update)}), {"update": update})
+    writer.wait()
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["00000002.npz", "00000030.npz"]
+    assert load(tmp_path / "c" / "00000030.npz", {"a": jnp.zeros(3, int)})["a"].tolist() == [30, 30, 30]
+    (tmp_path / "file").write_text("")
+    writer = CheckpointWriter(tmp_path / "file" / "c", keep=2)
+    writer.write(1, snapshot({}), {})
+    with pytest.raises(OSError):
+        writer.write(2, snapshot({}), {})
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    """The order that survives a power cut: the file's data, the renaming, the folder's data."""
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, real=real, name=name: (calls.append(name), real(*args))[1])
+    write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
+    assert calls == ["fsync", "replace", "fsync"]

@@ -98,3 +98,48 @@ def test_a_vmapped_program_over_the_mesh_gives_the_same_numbers():
     with jax.set_mesh(make_mesh(1, 8)):
         split = jax.jit(jax.vmap(function, spmd_axis_name="seed"))(x)
     np.testing.assert_allclose(split, expected, atol=1e-6)
+
+
+EIGHT_DEVICES = """
+import re, sys
+import jax, jax.numpy as jnp, numpy as np
+sys.path.insert(0, "tests")
+from toy import Config, make_train
+from common.devices import make_mesh
+from common.run import Programs
+
+def trained(config, mesh):
+    with jax.set_mesh(mesh):
+        programs = Programs(config, make_train(config), mesh)
+        start = programs.init()
+        compiled = programs._chunk.lower(programs.state_shape, jnp.arange(config.log_every)).compile()
+        state, metrics = programs.chunk(start, 0)
+    return state, metrics, compiled
+
+def compare(num_seeds, shape):
+    config = Config(num_seeds=num_seeds, width=1000, batch=32, log_every=8, eval_every=8, save_every=8)
+    mesh = make_mesh(num_seeds, config.split_size)
+    assert mesh.devices.shape == shape
+    one = jax.make_mesh((1, 1), ("seed", "data"), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    (state, metrics, many), (expected, expected_metrics, single) = trained(config, mesh), trained(config, one)
+    for x, y in [*zip(jax.tree.leaves(state), jax.tree.leaves(expected)), *((metrics[k], expected_metrics[k]) for k in metrics)]:
+        x, y = (jax.random.key_data(z) if jnp.issubdtype(z.dtype, jax.dtypes.prng_key) else z for z in (x, y))
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.shape == y.shape
+        np.testing.assert_allclose(x, y, rtol=2e-4 if x.dtype.kind == "f" else 0, atol=2e-4 if x.dtype.kind == "f" else 0)
+    assert {shard.data.shape[0] for shard in state.seen.addressable_shards} == {num_seeds // shape[0]}
+    size = lambda compiled: compiled.memory_analysis().temp_size_in_bytes + compiled.memory_analysis().argument_size_in_bytes
+    collective = re.search("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", many.as_text())
+    return size(many) / size(single), bool(collective)
+
+share, collective = compare(64, (8, 1))
+assert 0.1 < share < 0.16 and not collective, (share, collective)
+share, collective = compare(2, (2, 4))
+assert share < 0.45 and collective, (share, collective)
+print("fine")
+"""
+
+
+def test_eight_devices_do_what_one_does_with_an_eighth_of_the_memory():
+    """64 seeds on 8 devices need no word between them; the batches of 2 seeds are split over 4 devices each."""
+    assert run_python(EIGHT_DEVICES, JAX_NUM_CPU_DEVICES="8") == ["fine"]
