@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT: a run that is told to stop saves and ends."""
 
 import os
-import select
+import select as io_select
 import signal
 import threading
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class StopSignal:
         while os.read(receive, 1)[0] not in SIGNALS:  # others may have handlers of their own
             pass
         self.asked = True
-        again, _, _ = select.select([receive], [], [], GRACE)
+        again, _, _ = io_select.select([receive], [], [], GRACE)
         if not again and self.give_up and not self._noticed.is_set():
             self.give_up()
             os._exit(0)
