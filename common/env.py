@@ -36,9 +36,9 @@ class Environment:
         obs, state, reward, terminated, info = self.step_env(key_step, state, action, params)
         truncated = self.is_truncated(state, params)
         info = {**info, "terminated": terminated, "truncated": truncated, "final_observation": obs}
-        fresh = self.reset_env(key_reset, params)
-        obs, state = select(terminated | truncated, fresh, (obs, state))
-        return obs, state, reward, terminated, truncated, info
+        _, fresh = self.reset_env(key_reset, params)
+        state = select(terminated | truncated, fresh, state)
+        return self.get_obs(state, params), state, reward, terminated, truncated, info  # one view, where nobody reads the final one
 
     def is_truncated(self, state, params) -> jax.Array:
         """Whether the time limit is reached."""
@@ -74,3 +74,26 @@ def step_from_bank(env, key, state: BankState, action, bank, params):
     fresh = env.reset_to_level(jax.tree.map(lambda x: x[index], bank), params)
     env_state = select(done, fresh, env_state)
     return env.get_obs(env_state, params), BankState(env_state, index), reward, done
+
+
+class DictView:
+    """JaxMARL's interface to a world with a stacked agent axis: observations, actions and rewards in dicts keyed by agent."""
+
+    def __init__(self, env: Environment):
+        self.env, self.num_agents = env, env.num_agents
+        self.agents = [f"agent_{i}" for i in range(env.num_agents)]
+
+    def _split(self, tree) -> dict:
+        return {name: jax.tree.map(lambda x, i=i: x[i], tree) for i, name in enumerate(self.agents)}
+
+    def reset(self, key: jax.Array, params=None):
+        """-> obs dict, state."""
+        obs, state = self.env.reset(key, params)
+        return self._split(obs), state
+
+    def step(self, key: jax.Array, state, actions: dict, params=None):
+        """One step with auto-reset -> obs, state, rewards, dones (with `__all__`), info; all but state are dicts."""
+        stacked = jnp.stack([actions[name] for name in self.agents])
+        obs, state, reward, terminated, truncated, info = self.env.step(key, state, stacked, params)
+        dones = dict.fromkeys([*self.agents, "__all__"], terminated | truncated)
+        return self._split(obs), state, self._split(reward), dones, info
