@@ -221,10 +221,11 @@ class Programs:
     def init(self):
         """The first state of every lane."""
         began = time.perf_counter()
-        compiled = self._init.lower(self._seeds).compile()
+        if hasattr(self._init, "lower"):  # it is not compiled yet
+            self._init = self._init.lower(self._seeds).compile()
         self.compile_s += time.perf_counter() - began
         meet()
-        return compiled(self._seeds)
+        return self._init(self._seeds)
 
     def place(self, state):
         """Spreads a state that was read from a file over the devices of every process."""
