@@ -48,6 +48,15 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def meet() -> None:
+    """Waits, an hour if need be, until every process is here. Collectives between CPUs give up after 30 s, so where processes may
+    be apart by more (they compile, the first one writes files) they meet before they talk."""
+    if jax.process_count() > 1:
+        from jax._src.distributed import global_state  # there is no public way that uses no collective
+
+        global_state.client.wait_at_barrier("nightjax", 3_600_000)
+
+
 def _same(tree):
     return tree
 
@@ -55,6 +64,8 @@ def _same(tree):
 def gather(tree):
     """Arrays, whichever devices and processes hold them -> the whole of each as numpy, on every process."""
     if jax.process_count() > 1:
+        jax.block_until_ready(tree)
+        meet()
         replicated = jax.tree.map(lambda x: NamedSharding(x.sharding.mesh, PartitionSpec()), tree)
         tree = jax.jit(_same, out_shardings=replicated)(tree)
     return jax.device_get(tree)
@@ -66,6 +77,7 @@ def agree(flag: bool) -> bool:
         return flag
     from jax.experimental.multihost_utils import process_allgather
 
+    meet()
     return bool(process_allgather(np.int32(flag)).any())
 
 
@@ -79,6 +91,7 @@ def from_main(produce: Callable[[], bytes]) -> bytes:
             data = produce()
         except UsageError as error:
             problem = str(error)
+    meet()
     problem = _broadcast(problem.encode()).decode()
     if problem:
         raise UsageError(problem)

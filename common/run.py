@@ -25,7 +25,7 @@ from common.checkpoint import snapshot
 from common.config import Fault, RunConfig, UsageError, die, method_name
 from common.devices import make_mesh, setup_devices
 from common.files import RunFiles
-from common.hosts import agree, gather, is_main, join_hosts
+from common.hosts import agree, gather, is_main, join_hosts, meet
 from common.stop import StopSignal
 from common.trackers import require_trackers
 
@@ -187,7 +187,7 @@ class Programs:
     def __init__(self, config: RunConfig, train: Train | Callable, mesh: jax.sharding.Mesh, num_variants: int = 1):
         self.config, self.compile_s = config, 0.0
         self.layout = NamedSharding(mesh, PartitionSpec("seed"))
-        self._seeds = np.tile(np.arange(config.seed, config.seed + config.num_seeds), num_variants)
+        self._seeds = np.tile(np.arange(config.seed, config.seed + config.num_seeds, dtype=np.int32), num_variants)
         choices = np.repeat(np.arange(num_variants, dtype=np.int32), config.num_seeds)
         train_of = train if callable(train) else lambda choice: train
         over_lanes = dict(spmd_axis_name="seed")
@@ -216,13 +216,16 @@ class Programs:
         self._chunk = self._chunk.lower(self.state_shape, updates).compile()
         self._evaluate = self._evaluate.lower(self.state_shape).compile()
         self.compile_s += time.perf_counter() - began
+        meet()
 
     def init(self):
         """The first state of every lane."""
         began = time.perf_counter()
-        state = jax.block_until_ready(self._init(self._seeds))
-        self.compile_s += time.perf_counter() - began  # nearly all of it is compiling
-        return state
+        if hasattr(self._init, "lower"):  # it is not compiled yet
+            self._init = self._init.lower(self._seeds).compile()
+        self.compile_s += time.perf_counter() - began
+        meet()
+        return self._init(self._seeds)
 
     def place(self, state):
         """Spreads a state that was read from a file over the devices of every process."""
