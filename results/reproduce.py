@@ -61,8 +61,20 @@ def with_results(text: str) -> str:
     """README.md's text with the measured numbers of results/ put in."""
     for method in METHODS:
         text = replace_between(text, method, (ROOT / "results" / method / "table.md").read_text().strip())
-    bench = json.loads((ROOT / "results" / "bench" / "ued.json").read_text())
-    return replace_between(text, "bench", ued.bench_table(bench))
+    benches = ROOT / "results" / "bench"
+    text = replace_between(text, "bench", ued.bench_table(json.loads((benches / "ued.json").read_text())))
+    return replace_between(text, "run-bench", run_bench_table(json.loads((benches / "run.json").read_text())))
+
+
+def run_bench_table(bench: dict) -> str:
+    """What running costs, as Markdown."""
+    bounds = {"loop": "at most 1.02", "waiting": "at most 0.01", "start": "at most 10", "devices": "at least 0.9"}
+    bounds["processes"] = bounds["devices"]
+    lines = ["| measured | value | wanted |", "| --- | --- | --- |"]
+    for name, value in bench["ratios"].items():
+        lines.append(f"| {name} | {value:.3f} | {next((bound for word, bound in bounds.items() if word in name), '')} |")
+    how = f"Measured on {bench['machine']}, medians of {bench['repeats']}, by `python tests/bench/run.py`."
+    return how + "\n\n" + "\n".join(lines)
 
 
 def main() -> None:
