@@ -5,10 +5,11 @@ A trial is many episodes of a two-player game against one naive learner, which b
 Shaper's memory lives through the trial: it sees both the episode (history) and the opponent's learning (context). M-FOS keeps a
 memory within episodes and passes a single vector on; Good Shepherd has neither; `reset` is Shaper with a memory of one episode.
 
-Run:     python algos/shaper.py                      (the prisoner's dilemma, 4 seeds; --method mfos, gs or reset for rivals)
-         python algos/shaper.py --env coin_game      (also imp, chicken, stag_hunt, ipditm, impitm)
+Run:     python algos/shaper.py                            (the prisoner's dilemma, 4 seeds; --env imp, chicken or stag_hunt;
+                                                            --method mfos, gs or reset for rivals)
+         python algos/shaper.py --preset coin_game         (or in_the_matrix)
 
-Paper:   --preset paper
+Paper:   --preset paper, paper_coin_game or paper_in_the_matrix
 
 Expect:  in the prisoner's dilemma Shaper earns more than mutual cooperation's -1, its opponent about -1.8
 
@@ -47,6 +48,8 @@ SIDES = ("shaper", "learner")
 class Config(RunConfig):
     """Shaper's settings; the defaults are the authors' for the iterated matrix games."""
 
+    preset: Literal["cpu", "coin_game", "in_the_matrix", "paper", "paper_coin_game", "paper_in_the_matrix"] = "cpu"
+    """Which set of defaults to begin from: minutes on two cores, for one kind of world each, or the authors' own numbers."""
     env: Literal["ipd", "imp", "chicken", "stag_hunt", "coin_game", "ipditm", "impitm"] = "ipd"
     """The world: a matrix game, the coin game, or the prisoner's dilemma or matching pennies in the matrix."""
     method: Literal["shaper", "mfos", "gs", "reset"] = "shaper"
@@ -140,10 +143,28 @@ class Config(RunConfig):
 
 
 PAPER = Config(log_every=10, eval_every=100, save_every=100, preset="paper")
-CPU = replace(
-    PAPER, preset="cpu", num_seeds=4, num_updates=120, log_every=5, eval_every=40, save_every=40,
-    population_size=64, num_opponents=2, es_beta1=0.9, shaping="rank",
+FOR_GRIDS = dict(learner="gru", lr=5e-3, num_minibatches=8, ent_coef=0.1, shaping="rank", weight_decay=0.1, num_opponents=1)
+PAPER_COIN = replace(
+    PAPER, preset="paper_coin_game", env="coin_game", num_updates=3000, num_envs=100, num_episodes=600, num_steps=16,
+    population_size=4000, **FOR_GRIDS,
 )  # fmt: skip
+PAPER_GRID = replace(
+    PAPER, preset="paper_in_the_matrix", env="ipditm", num_updates=5000, num_envs=50, num_episodes=500, num_steps=152,
+    population_size=1024, sigma=0.075, es_lr=0.05, es_lr_decay=0.999, hidden=32, learner_hidden=8, **FOR_GRIDS,
+)  # fmt: skip
+SHORT = dict(num_seeds=4, log_every=5, es_beta1=0.9, shaping="rank")
+CPU = replace(
+    PAPER, preset="cpu", num_updates=120, eval_every=40, save_every=40, population_size=64, num_opponents=2, **SHORT,
+)  # fmt: skip
+CPU_COIN = replace(
+    PAPER_COIN, preset="coin_game", num_updates=100, eval_every=50, save_every=50, population_size=32, num_envs=32,
+    num_episodes=100, eval_learners=8, **SHORT,
+)  # fmt: skip
+CPU_GRID = replace(
+    PAPER_GRID, preset="in_the_matrix", num_updates=60, eval_every=30, save_every=30, population_size=16, num_envs=8,
+    num_episodes=20, eval_learners=4, **(SHORT | {"num_seeds": 2}),
+)  # fmt: skip
+PRESETS = {x.preset: x for x in (CPU, CPU_COIN, CPU_GRID, PAPER, PAPER_COIN, PAPER_GRID)}
 
 
 class State(NamedTuple):
@@ -166,14 +187,36 @@ class State(NamedTuple):
 # instructions: 4 to 5 times as fast. Shapes: x (E, features, M), weights (features out, features in, M).
 
 
+def is_wide(w, x) -> bool:
+    """Whether a product is large enough for XLA's own to be faster: many inputs a weight, or many inputs at all."""
+    return w.shape[1] > 64 or (w[..., 0].size > 64 and x[..., 0, 0].size >= 8)
+
+
+@jax.custom_vjp
 def linear(w, x) -> jax.Array:
     """w (out, in, M), x (..., in, M) -> (..., out, M), each match with its own weights."""
-    if w.shape[1] > 64:
+    if is_wide(w, x):
         return jnp.einsum("oim,...im->...om", w, x)
     y = w[:, 0] * x[..., 0, None, :]
     for k in range(1, w.shape[1]):
         y = y + w[:, k] * x[..., k, None, :]
     return y
+
+
+def _linear_forward(w, x):
+    return linear(w, x), (w, x)
+
+
+def _linear_backward(kept, dy):
+    """The gradient, without that of every slice taken above."""
+    w, x = kept
+    flat_x, flat_y = (v.reshape(-1, *v.shape[-2:]) for v in (x, dy))
+    wide = is_wide(w, x)
+    dw = jnp.einsum("bom,bim->oim", flat_y, flat_x) if wide else (flat_y[:, :, None] * flat_x[:, None]).sum(0)
+    return dw, linear(w.swapaxes(0, 1), dy)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 def affine(params, x) -> jax.Array:
@@ -253,6 +296,7 @@ class World(NamedTuple):
     num_features: int
     bootstrap: bool  # whether the learner values what comes after an episode (matrix games) or takes it for the end
     stats: Callable  # (features of the first side, info) -> {name: (E, P, O)}, what is counted at each step
+    strategies: dict  # name -> obs (E, F, M) -> logits (E, A, M): fixed opponents
 
 
 def matrix_stats(features, info) -> dict:
@@ -271,13 +315,33 @@ def grid_stats(features, info) -> dict:
     return {"meetings": met[..., 0]} | {f"strategy/{s}": met[..., i] * info["strategy"][..., i] for i, s in enumerate(SIDES)}
 
 
+def play_surely(defects) -> jax.Array:
+    """The logits of a strategy that defects where `defects` (E, M) is 1 and cooperates where it is 0."""
+    return 100.0 * jnp.stack([1 - defects, defects], axis=-2)
+
+
+def greedy(obs) -> jax.Array:
+    """The coin game's greedy strategy: towards any coin."""
+    coins = obs.reshape(obs.shape[0], 3, 3, 4, -1)[:, :, :, 2:].sum(3)  # (E, row, column, M), oneself in the middle
+    ways = [coins[:, :, 2].sum(1), coins[:, :, 0].sum(1), coins[:, 2].sum(1), coins[:, 0].sum(1)]
+    return 100.0 * jnp.stack([*ways, jnp.full_like(ways[0], 0.5)], axis=-2)
+
+
+MATRIX_STRATEGIES = {
+    "tft": lambda obs: play_surely(obs[:, 1] + obs[:, 3]),  # tit for tat: as the other did, in CD and DD; cooperates at START
+    "cooperate": lambda obs: play_surely(0 * obs[:, 0]),
+    "defect": lambda obs: play_surely(0 * obs[:, 0] + 1),
+}
+COIN_STRATEGIES = {"greedy": greedy, "stay": lambda obs: jnp.zeros_like(obs[:, :5]).at[:, 4].set(100.0)}
+
+
 def make_world(config: Config) -> World:
     """The world that the settings name."""
     if config.env in MATRIX:
-        return World(MatrixGame(two_player(config.env), config.num_steps), 5, True, matrix_stats)
+        return World(MatrixGame(two_player(config.env), config.num_steps), 5, True, matrix_stats, MATRIX_STRATEGIES)
     if config.env == "coin_game":
-        return World(CoinGame(max_steps_in_episode=config.num_steps), 36, False, coin_stats)
-    return World(InTheMatrix(config.env[:3], max_steps_in_episode=config.num_steps), 256, False, grid_stats)
+        return World(CoinGame(max_steps_in_episode=config.num_steps), 36, False, coin_stats, COIN_STRATEGIES)
+    return World(InTheMatrix(config.env[:3], max_steps_in_episode=config.num_steps), 256, False, grid_stats, {})
 
 
 def features_of(obs) -> jax.Array:
@@ -488,6 +552,7 @@ class Outcome(NamedTuple):
 
     reward: jax.Array  # (K, 2, P, O): the mean per step of each side
     stats: dict  # name -> (K, P, O)
+    film: Any  # states of the first match (K, T, ...)
 
 
 def play_trial(key, world: World, players, weights, memories, sizes, config: Config, with_stats: bool = False):
@@ -521,12 +586,11 @@ def play_trial(key, world: World, players, weights, memories, sizes, config: Con
             note = Episode(obs[i], memories[i], actions[i], log_prob, value, reward[..., i])
             notes.append(note if players[i].learns else None)
         after = tuple(memory for *_, memory in acts)
-        stats = world.stats(features[..., 0, :], info) if with_stats else {}
-        return (env_state, next_obs, after), (
-            tuple(notes),
-            reward.mean(0),
-            jax.tree.map(lambda x: x.astype(jnp.float32).mean(0), stats),
-        )
+        stats, film = {}, ()
+        if with_stats:
+            stats = jax.tree.map(lambda x: x.astype(jnp.float32).mean(0), world.stats(features[..., 0, :], info))
+            film = jax.tree.map(lambda x: x[0, 0, 0], env_state)
+        return (env_state, next_obs, after), (tuple(notes), reward.mean(0), stats, film)
 
     def episode(carry, k):
         weights, memories = carry
@@ -535,10 +599,10 @@ def play_trial(key, world: World, players, weights, memories, sizes, config: Con
         keys = jax.random.split(key_env, (config.num_steps, num_envs, opponents))
         obs, env_state = reset(jax.random.split(key_reset, (num_envs, opponents)), jnp.zeros(shape))
         carry = (env_state, observe(obs)[1], memories)
-        (_, _, memories), (notes, reward, stats) = jax.lax.scan(partial(step, weights), carry, (noise, keys))
+        (_, _, memories), (notes, reward, stats, film) = jax.lax.scan(partial(step, weights), carry, (noise, keys))
         ends = [p.end(key_end[i], weights[i], memories[i], notes[i], k) for i, p in enumerate(players)]
         reward = reward.mean(0).T.reshape(2, population, opponents)
-        return tuple(zip(*ends, strict=True)), (reward, jax.tree.map(lambda x: x.mean(0), stats))
+        return tuple(zip(*ends, strict=True)), (reward, jax.tree.map(lambda x: x.mean(0), stats), film)
 
     (weights, memories), outcome = jax.lax.scan(episode, (weights, memories), jnp.arange(config.num_episodes))
     return Outcome(*outcome), weights, memories
@@ -618,19 +682,81 @@ def make_train(config: Config) -> Train:
 
 
 def evaluate(config: Config, state: State) -> dict:
-    """The evolution's mean against fresh learners over whole trials; naive learners against each other."""
-    world, learners = make_world(config), config.eval_learners
-    strategy, _ = make_evolution(config)
+    """The evolution's mean in whole trials against fresh learners: as trained, in the hard-stop challenge, and half blind; against
+    fixed strategies; and two naive learners against each other. Rewards are means per step; `_last` is of the last tenth."""
+    key_learn, key_naive, key_fixed = jax.random.split(jax.random.fold_in(state.key, 0), 3)
+    weights = make_evolution(config)[0]._unravel_solution(state.es.mean)
+    world = make_world(config)
+    outcome = meet_learners(key_learn, weights, config)
+    reward = outcome.reward.mean(3)  # (K, 2, probes)
+    tenth, after = max(config.num_episodes // 10, 1), min(config.eval_stop, config.num_episodes - 1)
+    results = {}
+    for i, side in enumerate(SIDES):
+        results |= {f"eval_{side}": reward[:, i, 0].mean(), f"eval_{side}_last": reward[-tenth:, i, 0].mean()}
+        results |= {f"hardstop_{side}": reward[after:, i, 1].mean(), f"episodes/{side}": reward[:, i, 0]}
+        results |= {f"blind_{side}": reward[:, i, 2].mean()} if config.env in MATRIX else {}
+    for name, x in outcome.stats.items():
+        results |= {name: x[:, 0].mean(), f"episodes/{name.replace('/', '_')}": x[:, 0].mean(1)}
+    results |= {f"naive_{i + 1}": x for i, x in enumerate(naive_play(key_naive, config).reward.mean((0, 2, 3)))}
+    for name, strategy in world.strategies.items():
+        results[f"against/{name}"] = meet_strategy(key_fixed, weights, strategy, config).reward[:, 0].mean()
+    if config.env not in MATRIX:
+        results["film"] = jax.vmap(world.env.render)(jax.tree.map(lambda x: x[-1], outcome.film))
+    return results
+
+
+def meet_learners(key, weights, config: Config) -> Outcome:
+    """One policy against eval_learners fresh learners -> Outcome with a population of the probes, played with the same chance.
+
+    0: as trained. 1: the learner stops learning after eval_stop episodes. 2 (matrix games): in all but one of a learner's
+    environments the policy sees START at every step.
+    """
+    world, num = make_world(config), config.eval_learners
+    sizes = (3 if config.env in MATRIX else 2, num, config.num_envs)
+    probe = np.arange(sizes[0]).repeat(num)  # (M,)
     policy, learner = make_policy(config), make_learner(config, world.bootstrap)
-    key_start, key_trial = jax.random.split(jax.random.fold_in(state.key, 0))
-    sizes = (1, learners, config.num_envs)
-    weights = to_matches(jax.tree.map(lambda x: x[None], strategy._unravel_solution(state.es.mean)), learners)
-    memory = init_memory(config, config.num_envs, learners)
-    fresh, fresh_memory = start_learner(key_start, config, *sizes)
-    outcome, _, _ = play_trial(key_trial, world, (policy, learner), (weights, fresh), (memory, fresh_memory), sizes, config, True)
-    reward = outcome.reward.mean((2, 3))  # (K, 2)
-    return {"eval_shaper": reward[:, 0].mean(), "eval_learner": reward[:, 1].mean(), "episode_reward": reward}
+
+    def act(weights, memory, obs):
+        blind = (probe == 2) & (np.arange(config.num_envs)[:, None, None] > 0)
+        start = (np.arange(world.num_features) == world.num_features - 1)[:, None]
+        return policy.act(weights, memory, jnp.where(blind, start, obs))
+
+    key_start, key_trial = jax.random.split(key)
+    matches = (spread(weights, sizes), start_learner(key_start, config, *sizes, jnp.where(probe == 1, config.eval_stop, jnp.inf)))
+    memories = (init_memory(config, config.num_envs, len(probe)), matches[1][1])
+    players = (policy._replace(act=act), learner)
+    return play_trial(key_trial, world, players, (matches[0], matches[1][0]), memories, sizes, config, True)[0]
+
+
+def spread(weights, sizes):
+    """One policy's weights for every match."""
+    return jax.tree.map(lambda x: jnp.broadcast_to(x[..., None], (*x.shape, sizes[0] * sizes[1])), weights)
+
+
+def naive_play(key, config: Config) -> Outcome:
+    """Naive learners on both sides."""
+    world, sizes = make_world(config), (1, config.eval_learners, config.num_envs)
+    key_first, key_second, key_trial = jax.random.split(key, 3)
+    players = (make_learner(config, world.bootstrap),) * 2
+    weights, memories = zip(*(start_learner(k, config, *sizes) for k in (key_first, key_second)), strict=True)
+    return play_trial(key_trial, world, players, weights, memories, sizes, config)[0]
+
+
+def meet_strategy(key, weights, strategy: Callable, config: Config) -> Outcome:
+    """One policy against a strategy that does not learn."""
+    sizes = (1, 4, config.num_envs)
+    memories = (init_memory(config, config.num_envs, 4), ())
+    players, weights = (make_policy(config), fixed_player(strategy)), (spread(weights, sizes), ())
+    return play_trial(key, make_world(config), players, weights, memories, sizes, config)[0]
+
+
+def cross_play(key, first, second, config: Config) -> Outcome:
+    """Two policies, such as shapers trained apart, against each other for a trial."""
+    sizes = (1, config.eval_learners, config.num_envs)
+    memories = (init_memory(config, config.num_envs, config.eval_learners),) * 2
+    weights = (spread(first, sizes), spread(second, sizes))
+    return play_trial(key, make_world(config), (make_policy(config),) * 2, weights, memories, sizes, config)[0]
 
 
 if __name__ == "__main__":
-    run(cli(Config, __doc__, {"cpu": CPU, "paper": PAPER}), make_train, highlights=("shaper_reward", "eval_shaper"))
+    run(cli(Config, __doc__, PRESETS), make_train, highlights=("shaper_reward", "eval_shaper"))

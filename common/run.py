@@ -5,7 +5,8 @@ A method gives `make_train(config) -> Train`. What its functions return decides 
 update    a flat dict of scalars. Per row of metrics.csv: the mean over the row's updates of what is float (NaN where a thing
           did not happen, which the mean passes over), the last value of what is integer (counters).
 evaluate  a flat dict. Scalars go to metrics.csv; uint8 (H, W, 3) is a picture, kept through time as figures/NAME.png; uint8
-          (T, H, W, 3) is a film, videos/NAME.gif, the seeds side by side; any other array goes to arrays/NAME.npy.
+          (T, H, W, 3) is a film, videos/NAME.gif, the seeds side by side; any other array goes to arrays/NAME.npy, and if it has
+          one axis the newest is also drawn as a curve, in figures/evaluation.png.
 """
 
 import json
@@ -173,6 +174,7 @@ class RunFiles:
         self.config, self.method = config, method_name()
         self.folder = Path(config.out) if config.out else self._default_folder()
         self.rows: list[dict] = []
+        self.curves: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self.train_s = 0.0
         self.began = time.perf_counter()
 
@@ -230,6 +232,8 @@ class RunFiles:
             elif value.dtype == np.uint8 and value.ndim == 5:
                 plot.save_gif(self.folder / "videos" / f"{name}.gif", np.concatenate(value, axis=2))
             elif value.ndim > 1:
+                if value.ndim == 2:
+                    self.curves[name] = (np.arange(value.shape[1]), value)
                 path = self.folder / "arrays" / f"{name}.npy"
                 checkpoint.write_atomically(path, lambda file, value=value: np.save(file, value))
 
@@ -266,6 +270,8 @@ class RunFiles:
         names = [name for name in self._columns() if name not in ("update", "seed", "env_steps")]
         curves = {name: self.series(name) for name in names}
         plot.save_curves(self.folder / "figures" / "curves.png", {k: v for k, v in curves.items() if len(v[0]) > 1}, "update")
+        if self.curves:
+            plot.save_curves(self.folder / "figures" / "evaluation.png", self.curves, "step")
         for folder in (self.folder / "figures").glob("*/"):
             title = f"{self.method}, seed {self.config.seed}: {folder.name} through training"
             plot.save_strips(folder.with_suffix(".png"), plot.read_strips(folder), title)
