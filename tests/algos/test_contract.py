@@ -22,7 +22,7 @@ SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an ep
 SMALL |= dict(population_size=4, num_opponents=1, num_episodes=2, eval_learners=2)  # the trials of the shapers
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
-VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper", {"env": "coin_game", "learner": "gru"})]
+VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"})]
 VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
 
 
