@@ -48,6 +48,7 @@ class RunFiles:
         self._columns: list[str] = []
         self._csv_holds = 0  # rows of metrics.csv that are known to be there
         self._trackers = []
+        self._drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # the newest evaluation's arrays of one axis
 
     # --- beginning
 
@@ -152,6 +153,8 @@ class RunFiles:
                 save_gif(self.folder / "videos" / f"{name}.gif", np.concatenate(value, axis=2))
             elif value.ndim > 1:
                 write_atomically(self.folder / "arrays" / f"{name}.npy", lambda file, value=value: np.save(file, value))
+                if value.ndim == 2:
+                    self._drawn[name] = (np.arange(value.shape[1]), value)
 
     def _track(self, update: int, values: dict) -> None:
         if self._trackers:
@@ -223,6 +226,8 @@ class RunFiles:
     def _write_figures(self) -> None:
         curves = {name: curve for name, curve in self._curves().items() if len(curve[0]) > 1}
         save_curves(self.folder / "figures" / "curves.png", curves, "update")
+        if self._drawn:
+            save_curves(self.folder / "figures" / "evaluation.png", self._drawn, "step")
         for folder in (self.folder / "figures").glob("*/"):
             title = f"{self.method}, seed {self.config.seed}: {folder.name} through training"
             save_strips(folder.with_suffix(".png"), read_strips(folder), title)

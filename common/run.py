@@ -5,7 +5,8 @@ A method gives `make_train(config) -> Train`. What its functions return decides 
 update    a flat dict of scalars. Per row of metrics.csv: the mean over the row's updates of what is float (NaN where a thing
           did not happen, which the mean passes over), the last value of what is integer (counters).
 evaluate  a flat dict. Scalars go to metrics.csv; uint8 (H, W, 3) is a picture, kept through time as figures/NAME.png; uint8
-          (T, H, W, 3) is a film, videos/NAME.gif, the seeds side by side; any other array goes to arrays/NAME.npy.
+          (T, H, W, 3) is a film, videos/NAME.gif, the seeds side by side; any other array goes to arrays/NAME.npy, and if it has
+          one axis the newest is also drawn as a curve, in figures/evaluation.png.
 
 Where the state has leaves with `params` in their name, a run stops when one of them is no longer finite.
 """
