@@ -21,11 +21,19 @@ SMALL = dict(num_envs=4, num_steps=256, hidden=8, eval_episodes=1, num_epochs=1,
 SMALL |= dict(teacher_hidden=8, teacher_filters=2, search_every=2, search_batches=2, search_levels=8, search_steps=256)
 SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an episode must end for its level to enter the buffer
 SMALL |= dict(population_size=4, num_opponents=1, num_episodes=2, eval_learners=2)  # the trials of the shapers
+SMALL |= dict(robot="hopper", batch_size=8, episode_length=10, num_cells=16, cvt_samples=64, num_emitters=2)
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"})]
 VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
 VARIANTS += [("paired", {"score": "population_regret", "num_students": 3}), ("paired", {"score": "neg_return", "num_students": 1})]
+VARIANTS += [("mix_me", {"emitter": "cma_me"})]
+SHOWN = {"shaper": ("eval_shaper", None), "mix_me": ("qd_score", "elites")}  # the score and the film of evaluations
+
+
+def learned(state):
+    """What a method's State has learned: parameters, or the elites of an archive."""
+    return state.params if hasattr(state, "params") else state.archive.genotype
 
 
 def tiny(name, **changes):
@@ -70,7 +78,7 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
     used = set(re.findall(r"= (\w+)[\[ ]", text + update))
     assert {"dot_general", "scan"} <= used
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
-    branching = name == "sfl" or (name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel)
+    branching = name in ("sfl", "mix_me") or (name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel)
     assert ("cond[" in update) == branching
 
 
@@ -82,10 +90,10 @@ def test_trains_and_resumes(name, changes):
     mesh = jax.make_mesh((1, 1), ("seed", "data"), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
         programs = Programs(config, train, mesh)
-        start = jax.tree.map(np.asarray, programs.init().params)
+        start = jax.tree.map(np.asarray, learned(programs.init()))
         state = programs.init()
         whole, first = programs.chunk(state, 0)
-        assert jax.tree.leaves(state.params)[0].is_deleted(), "the chunk keeps a copy of its input"
+        assert jax.tree.leaves(learned(state))[0].is_deleted(), "the chunk keeps a copy of its input"
         halfway = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, whole)
         halfway = jax.tree.map(np.array, halfway)
         whole, second = programs.chunk(whole, 2)
@@ -95,12 +103,13 @@ def test_trains_and_resumes(name, changes):
     assert all(value.shape == (2, 2) for value in first.values())
     assert_equal(second, second_again)
     assert_equal(whole, resumed)
-    changed = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), start, whole.params))
+    changed = jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != np.asarray(b)).any()), start, learned(whole)))
     assert any(changed), "nothing was learned"
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.tree.map(np.asarray, whole.params)))
-    assert not np.array_equal(*jax.tree.leaves(whole.params)[0]), "the seeds do the same"
-    if not changes and "heldout_solve_rate" in results:
-        assert results["heldout_solve_rate"].shape == (2,) and results["labyrinth"].dtype == np.uint8
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.tree.map(np.asarray, learned(whole))))
+    assert not np.array_equal(*jax.tree.leaves(learned(whole))[0]), "the seeds do the same"
+    if not changes:
+        score, film = SHOWN.get(name, ("heldout_solve_rate", "labyrinth"))
+        assert results[score].shape == (2,) and (film is None or results[film].dtype == np.uint8)
 
 
 def assert_equal(a, b):
@@ -111,7 +120,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.parametrize("name", ["accel", "dr", "paired"])
+@pytest.mark.parametrize("name", ["accel", "paired", "shaper", "mix_me"])
 def test_devices_agree(name):
     """One seed split over two devices, two seeds on two devices, and `jit(vmap(train_fn))` all give the same numbers."""
     config, train = make(name, num_seeds=2)
@@ -128,5 +137,5 @@ def test_devices_agree(name):
             state, _ = programs.chunk(state, 2)
         if shape == (2, 1):
             assert not re.search(r"all-reduce|all-gather|all-to-all|collective-permute", text), "seeds talk to each other"
-        for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(expected.params), strict=True):
+        for x, y in zip(jax.tree.leaves(learned(state)), jax.tree.leaves(learned(expected)), strict=True):
             np.testing.assert_allclose(np.asarray(x), np.asarray(y)[:num_seeds], atol=2e-4)
