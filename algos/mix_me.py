@@ -20,8 +20,7 @@ Differs from the paper (2311.01829; settings of its code, github.com/gardarjuto/
     the elites do from others is measured at evaluations, as the corrected scores.
  3. Random choices are drawn anew for every child (Python's random numbers, once when the program is traced).
  4. Polynomial mutation changes each number with a probability (a fixed share of each layer's).
- 5. Children of crossover alone change no weights; where k_mutations is 0, all agents are transplanted or varied (its default is 1).
- 6. `--emitter cma_me` (2002.02400's improvement emitter, on evosax's separable CMA-ES: a full covariance of whole teams has
+ 5. `--emitter cma_me` (2002.02400's improvement emitter, on evosax's separable CMA-ES: a full covariance of whole teams has
     10^8 entries) and `--emitter iso_line` are not in the paper.
 """
 
@@ -92,8 +91,8 @@ class Config(RunConfig):
     """Share of a batch from iso+line variation."""
     crossplay_percentage: float = 0.3
     """Share of a batch from team-crossover (mix_me and shared_pool). The rest is polynomial mutation."""
-    k_mutations: int = 0
-    """Agents that crossover (or, with naive, variation and mutation) changes in each child; 0 for all."""
+    k_mutations: int = 1
+    """Agents that crossover replaces in each child; with naive, those that variation and mutation change. 0 for all."""
     iso_sigma: float = 0.005
     """Standard deviation of the noise on each parameter."""
     line_sigma: float = 0.05
