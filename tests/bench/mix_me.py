@@ -4,10 +4,11 @@ Run:  python tests/bench/mix_me.py                              (ours alone)
       python -m venv peer; peer/bin/pip install qdax==0.5.0
       python tests/bench/mix_me.py --peer-python peer/bin/python
 
-Every measurement is a process of its own on one XLA device; ours and the peer's take turns, `--repeats` times, and medians are
-compared. A measurement counts whole generations after the first: selection, variation, rollouts, insertion. Rates are per second
-of CPU time, which other work on the machine hardly changes. Batch, episode length, cells, operators (30 % iso+line, the rest
-polynomial mutation) and policy (two hidden layers, one agent that sees and moves all) are the same on both sides.
+Every measurement is a process of its own; ours and the peer's take turns, `--repeats` times, and medians are compared. It counts
+whole generations after the first: selection, variation, rollouts, insertion. Rates per CPU-second are those of one XLA device, and other
+work on the machine hardly changes them; rates per second of the clock are also taken as our runs go, with one device a core.
+Batch, episode length, cells, operators (30 % iso+line, the rest polynomial mutation) and policy (two hidden layers, one agent that
+sees and moves all) are the same on both sides.
 
 planar    QDax's loop on the physics of envs/planar.py, in two forms: scored by a function of one policy under vmap, as QDax's own
           are; and scored in the batched form that our loop uses
@@ -52,6 +53,7 @@ def clock(generations, state) -> dict:
     return {
         "ms_per_generation": 1e3 * cpu / (2 * GENERATIONS),
         "wall_ms_per_generation": 1e3 * wall / (2 * GENERATIONS),
+        "evals_per_s": BATCH * 2 * GENERATIONS / wall,  # of BATCH teams each
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
 
@@ -71,6 +73,27 @@ def loop_ours(*changes: str) -> dict:
     state = compiled(state, first)
     result = clock(lambda state: compiled(state, first + GENERATIONS), state)
     return result | {"evals_per_cpu_s": 1e3 * config.batch_size / result["ms_per_generation"], "compile_cpu_s": compile_s}
+
+
+def run_ours(num_seeds: str) -> dict:
+    """Evaluations per second of the clock as a run makes them: all devices, which split the seeds, or the batch of one seed."""
+    import jax
+
+    from common.devices import make_mesh, setup_devices
+    from common.run import Programs
+
+    setup_devices("none")
+    config, train = ours((f"num_seeds={num_seeds}", "variant=single_agent"))
+    mesh = make_mesh(config.num_seeds, config.split_size)
+    with jax.set_mesh(mesh):
+        programs = Programs(config, train, mesh)
+        state, _ = programs.chunk(programs.init(), 0)
+        state, _ = programs.chunk(state, config.log_every)
+        wall = time.perf_counter()
+        for i in (2, 3):
+            state, _ = programs.chunk(state, i * config.log_every)
+        wall = time.perf_counter() - wall
+    return {"evals_per_s": config.num_seeds * config.batch_size * 2 * config.log_every / wall}
 
 
 def ours(changes):
@@ -213,7 +236,7 @@ def brax_peer() -> dict:
     return loop_peer(scoring, teams)
 
 
-WORKERS = {f.__name__: f for f in (loop_ours, archive_ours, export_ours, metrics_peer, planar_peer, brax_peer)}
+WORKERS = {f.__name__: f for f in (loop_ours, run_ours, archive_ours, export_ours, metrics_peer, planar_peer, brax_peer)}
 
 
 # --- the comparison
@@ -246,6 +269,8 @@ def main() -> None:
 
     for _ in range(args.repeats):
         note("ours, one agent", sys.executable, "loop_ours", "variant=single_agent")
+        for seeds in ("1", "2"):
+            note(f"ours, all devices, {seeds} seeds", sys.executable, "run_ours", seeds)
         if args.peer_python:
             for form in ("vmapped", "batched"):
                 note(f"QDax, planar, {form}", args.peer_python, "planar_peer", form)
@@ -275,6 +300,9 @@ def ratios(runs: dict) -> dict:
     found = {"share of a generation that the archive takes": time_of("archive") / time_of("ours, six agents")}
     for name in (name for name in runs if name.startswith("QDax")):
         found[f"evaluations per CPU-second, ours : {name}"] = rate("ours, one agent") / rate(name)
+        for seeds in (1, 2):
+            fast = runs[f"ours, all devices, {seeds} seeds"]["evals_per_s"] / runs[name]["evals_per_s"]
+            found[f"evaluations per second, ours with {seeds} seeds on all devices : {name}"] = fast
     for name, values in SCALING.items():
         times = [time_of(f"{name} {value}") for value in values]
         found[f"time of a generation, {name} {values[-1]} : {values[0]}"] = times[-1] / times[0]
