@@ -5,10 +5,10 @@ Run:  python tests/bench/mix_me.py                              (ours alone)
       python tests/bench/mix_me.py --peer-python peer/bin/python
 
 Every measurement is a process of its own; ours and the peer's take turns, `--repeats` times, and medians are compared. It counts
-whole generations after the first: selection, variation, rollouts, insertion. Rates per CPU-second are those of one XLA device, and other
-work on the machine hardly changes them; rates per second of the clock are also taken as our runs go, with one device a core.
-Batch, episode length, cells, operators (30 % iso+line, the rest polynomial mutation) and policy (two hidden layers, one agent that
-sees and moves all) are the same on both sides.
+whole generations after the first: selection, variation, rollouts, insertion. Rates per CPU-second are those of one XLA device,
+and other work on the machine hardly changes them; rates per second of the clock are also taken as our runs go, with one device a
+core. Batch, episode length, cells, operators (30 % iso+line, the rest polynomial mutation) and policy (two hidden layers, one
+agent that sees and moves all) are the same on both sides.
 
 planar    QDax's loop on the physics of envs/planar.py, in two forms: scored by a function of one policy under vmap, as QDax's own
           are; and scored in the batched form that our loop uses
