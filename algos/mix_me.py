@@ -9,7 +9,7 @@ Run:     python algos/mix_me.py         (--variant naive for the same without cr
 
 Paper:   --preset paper
 
-Expect:  see results/mix_me/README.md
+Expect:  not measured yet; results/mix_me.py holds the claims to be
 
 The archive of a run is in arrays/ (genotype, fitness, descriptor, centroids; leading axes: seed, cell); `play(config, teams)` plays
 teams (B, policies, parameters) of it again.
@@ -20,8 +20,7 @@ Differs from the paper (2311.01829; settings of its code, github.com/gardarjuto/
     the elites do from others is measured at evaluations, as the corrected scores.
  3. Random choices are drawn anew for every child (Python's random numbers, once when the program is traced).
  4. Polynomial mutation changes each number with a probability (a fixed share of each layer's).
- 5. Children of crossover alone change no weights; where k_mutations is 0, all agents are transplanted or varied (its default is 1).
- 6. `--emitter cma_me` (2002.02400's improvement emitter, on evosax's separable CMA-ES: a full covariance of whole teams has
+ 5. `--emitter cma_me` (2002.02400's improvement emitter, on evosax's separable CMA-ES: a full covariance of whole teams has
     10^8 entries) and `--emitter iso_line` are not in the paper.
 """
 
@@ -51,7 +50,7 @@ from common.config import RunConfig, cli, require, require_multiple, require_ran
 from common.devices import shard_batch
 from common.env import select
 from common.run import Train, run
-from envs.planar import EnvParams, EnvState, Planar
+from envs.planar import Planar, PlanarParams, PlanarState
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ class Config(RunConfig):
     """Share of a batch from iso+line variation."""
     crossplay_percentage: float = 0.3
     """Share of a batch from team-crossover (mix_me and shared_pool). The rest is polynomial mutation."""
-    k_mutations: int = 0
-    """Agents that crossover (or, with naive, variation and mutation) changes in each child; 0 for all."""
+    k_mutations: int = 1
+    """Agents that crossover replaces in each child; with naive, those that variation and mutation change. 0 for all."""
     iso_sigma: float = 0.005
     """Standard deviation of the noise on each parameter."""
     line_sigma: float = 0.05
@@ -160,7 +159,7 @@ class Team(NamedTuple):
     env: Planar
     num_policies: int
     sizes: tuple[int, ...]  # of the layers
-    observe: Any  # EnvState (..., B) -> (agents, sizes[0], B)
+    observe: Any  # PlanarState (..., B) -> (agents, sizes[0], B)
     outputs: np.ndarray  # (agents, joints of each): which of a policy's outputs move the agent's joints
 
     @property
@@ -226,17 +225,17 @@ class Episode(NamedTuple):
 
     fitness: jax.Array  # (B,): the sum of rewards
     descriptor: jax.Array  # (B, feet): the share of steps in which each foot touched the ground
-    record: EnvState  # the states of the teams that were to be recorded, after every step: (T, ..., K)
+    record: PlanarState  # the states of the teams that were to be recorded, after every step: (T, ..., K)
 
 
-def play(config: Config, teams, key=None, params: EnvParams | None = None, recorded=()) -> Episode:
+def play(config: Config, teams, key=None, params: PlanarParams | None = None, recorded=()) -> Episode:
     """One episode of each team (B, policies, parameters), from the same start, or with a `key` from starts with noise.
 
     After a fall nothing counts. `recorded` (K,): teams whose states are kept.
     """
     team, num = make_team(config), teams.shape[0]
     env, parts = team.env, layers(teams, team.sizes)
-    params = params or EnvParams(reset_noise=0.0 if key is None else 0.05)
+    params = params or PlanarParams(reset_noise=0.0 if key is None else 0.05)
     keys = jax.random.split(jax.random.key(0) if key is None else key, num)
     _, state = jax.vmap(env.reset_env, (0, None), -1)(keys, params)
     state = jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), state)
@@ -486,7 +485,7 @@ def corner_elites(archive: Archive) -> jax.Array:
     return jnp.where(filled(archive)[:, None], distance, jnp.inf).argmin(0)
 
 
-def film(env: Planar, record: EnvState) -> jax.Array:
+def film(env: Planar, record: PlanarState) -> jax.Array:
     """States (T, ..., 4) drawn two by two: (T, H, W, 3) uint8."""
     images = jax.lax.map(jax.vmap(env.render, -1), record)  # (T, 4, h, w, 3)
     rows = [jnp.concatenate([images[:, i], images[:, i + 1]], axis=2) for i in (0, 2)]

@@ -190,7 +190,7 @@ def joint_distances(hinges) -> np.ndarray:
 # --- the world
 
 
-class EnvState(NamedTuple):
+class PlanarState(NamedTuple):
     pos: jax.Array  # (2,): the centre of mass, x and z, m
     angle: jax.Array  # (B,): of every rod, absolute, rad
     vel: jax.Array  # (2,)
@@ -198,7 +198,7 @@ class EnvState(NamedTuple):
     time: jax.Array  # int32
 
 
-class EnvParams(NamedTuple):
+class PlanarParams(NamedTuple):
     max_steps_in_episode: int | jax.Array = 200
     gravity: float | jax.Array = 9.81
     strength: float | jax.Array = 1.0  # of the motors: one number, or (J,)
@@ -336,7 +336,7 @@ def resolve_contacts(points: list[Contact], inverse: list, u: list) -> tuple[lis
 def substep(robot: Robot, tree: Tree, moving, command, gravity):
     """One semi-implicit step of H seconds: velocities, then positions with the new velocities -> moving, impulses (C, ...).
 
-    `moving` is the first four fields of EnvState. Position and velocity are kept at the centre of mass, whose momentum then
+    `moving` is the first four fields of PlanarState. Position and velocity are kept at the centre of mass, whose momentum then
     changes by outer forces alone, to rounding.
     """
     pos, angle, vel, spin = moving
@@ -374,8 +374,8 @@ class Planar(Environment):
         self.obs_size = max(map(len, self.features))
 
     @property
-    def default_params(self) -> EnvParams:
-        return EnvParams()
+    def default_params(self) -> PlanarParams:
+        return PlanarParams()
 
     def _visible(self, distance: int) -> list[list[int]]:
         """Which of the features of the whole each agent sees, its own joints first."""
@@ -396,14 +396,14 @@ class Planar(Environment):
 
         return spaces.Box(-jnp.inf, jnp.inf, (self.num_agents, self.obs_size))
 
-    def reset_env(self, key, params: EnvParams):
+    def reset_env(self, key, params: PlanarParams):
         """The robot stands on the ground, up to noise -> obs, state."""
         noise = jax.random.uniform(key, (2, len(self.robot.rods)), minval=-1) * params.reset_noise
-        state = EnvState(jnp.zeros(2), noise[0], jnp.zeros(2), 10 * noise[1], jnp.int32(0))
+        state = PlanarState(jnp.zeros(2), noise[0], jnp.zeros(2), 10 * noise[1], jnp.int32(0))
         state = state._replace(pos=jnp.stack([jnp.zeros(()), self.depths(state).max()]))
         return self.get_obs(state, params), state
 
-    def step_env(self, key, state: EnvState, action, params: EnvParams):
+    def step_env(self, key, state: PlanarState, action, params: PlanarParams):
         """action (agents, joints of each, ...) -> obs, state, reward (...), terminated (...) bool, info."""
         action = jnp.clip(jnp.nan_to_num(action), -1, 1).reshape(self.num_joints, *action.shape[2:])
         before = self.torso(state)[0][0]
@@ -417,7 +417,7 @@ class Planar(Environment):
         contact = jnp.stack([_sum([pushed[i] for i in points]) > 0 for points in feet])
         return self.get_obs(state, params), state, reward, terminated, {"contact": contact}
 
-    def get_obs(self, state: EnvState, params=None, key=None) -> jax.Array:
+    def get_obs(self, state: PlanarState, params=None, key=None) -> jax.Array:
         """What each agent sees, (agents, O, ...)."""
         features = self.all_features(state)
         blank = jnp.zeros_like(features[:1])
@@ -425,7 +425,7 @@ class Planar(Environment):
         index = np.array([seen + [self.num_features] * (self.obs_size - len(seen)) for seen in self.features])
         return features[index]
 
-    def all_features(self, state: EnvState) -> jax.Array:
+    def all_features(self, state: PlanarState) -> jax.Array:
         """The whole robot, (num_features, ...): torso (5), joint angles (J), joint spins (J)."""
         (_, height), vel = self.torso(state)
         hinged = lambda x: [x[i + 1] - x[rod.parent] for i, rod in enumerate(self.robot.rods[1:])]
@@ -436,7 +436,7 @@ class Planar(Environment):
 
     # --- physics
 
-    def simulate(self, state: EnvState, action, params: EnvParams):
+    def simulate(self, state: PlanarState, action, params: PlanarParams):
         """SUBSTEPS steps under constant motor commands (J, ...) -> state, the impulses (C, ...) that the ground gave."""
         strength = jnp.broadcast_to(jnp.asarray(params.strength, jnp.float32), (self.num_joints,))
         command = [strength[j] * rod.torque * action[j] for j, rod in enumerate(self.robot.rods[1:])]
@@ -448,9 +448,9 @@ class Planar(Environment):
 
         total = jnp.zeros((len(self.robot.touching), *action.shape[1:]))
         moving, total = jax.lax.fori_loop(0, SUBSTEPS, step, (tuple(state[:4]), total))
-        return EnvState(*moving, state.time + 1), total
+        return PlanarState(*moving, state.time + 1), total
 
-    def torso(self, state: EnvState) -> tuple[jax.Array, jax.Array]:
+    def torso(self, state: PlanarState) -> tuple[jax.Array, jax.Array]:
         """Position and velocity of the torso's centre, (2, ...) each."""
         share = self.tree.moments / self.tree.mass
         swings = [_swing((jnp.sin(angle), jnp.cos(angle)), share[b]) for b, angle in enumerate(state.angle)]
@@ -458,19 +458,19 @@ class Planar(Environment):
         drift = jnp.stack([_sum(swing[i] * state.spin[b] for b, swing in enumerate(swings)) for i in (0, 1)])
         return state.pos - offset, state.vel - drift
 
-    def places(self, state: EnvState, vectors) -> jax.Array:
+    def places(self, state: PlanarState, vectors) -> jax.Array:
         """x and z of points given by their vectors (C, B, 2) from the torso: (2, C, ...)."""
         sin, cos = jnp.sin(state.angle), jnp.cos(state.angle)
         x = jnp.tensordot(vectors[..., 0], cos, 1) - jnp.tensordot(vectors[..., 1], sin, 1)
         z = jnp.tensordot(vectors[..., 0], sin, 1) + jnp.tensordot(vectors[..., 1], cos, 1)
         return jnp.stack([x, z]) + self.torso(state)[0][:, None]
 
-    def depths(self, state: EnvState) -> jax.Array:
+    def depths(self, state: PlanarState) -> jax.Array:
         """How far each point that the ground may hold up is below it, (C, ...), m."""
         heights = self.places(state, self.tree.points)[1]
         return jnp.stack([self.robot.rods[rod].radius - z for (rod, _), z in zip(self.robot.touching, heights, strict=True)])
 
-    def energy(self, state: EnvState, gravity: float = 9.81) -> jax.Array:
+    def energy(self, state: PlanarState, gravity: float = 9.81) -> jax.Array:
         """Kinetic and potential energy of the rods, J; that of springs (joints, ground) and of the motors is left out."""
         angles = list(zip(jnp.sin(state.angle), jnp.cos(state.angle), strict=True))
         mass = mass_matrix(self.tree._replace(motors=np.zeros_like(self.tree.motors)), angles)
@@ -480,7 +480,7 @@ class Planar(Environment):
 
     # --- pictures
 
-    def render(self, state: EnvState) -> jax.Array:
+    def render(self, state: PlanarState) -> jax.Array:
         """A picture that follows the torso: (72, 144, 3) uint8. Each agent's limbs have a colour; the ground is striped."""
         rows, columns = PIXELS
         low, high, width = WINDOW

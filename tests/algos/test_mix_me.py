@@ -11,7 +11,7 @@ from algos import mix_me
 from algos.mix_me import CPU, emit, make_team, make_train, play, shares, some_agents, team_crossover
 from common.archive import Archive, nearest
 from common.config import UsageError
-from envs.planar import EnvParams, EnvState
+from envs.planar import PlanarParams, PlanarState
 
 pytestmark = pytest.mark.timeout(240)
 SMALL = replace(CPU, robot="hopper", num_seeds=1, batch_size=16, episode_length=30, hidden=8, num_cells=32, cvt_samples=500)
@@ -166,7 +166,9 @@ def test_actions_are_those_of_each_agents_policy(variant, homogenisation):
     teams = teams + 0.1 * rng.normal(size=teams.shape).astype(np.float32)
     assert teams.shape[1] == {"parameter_sharing": 1, "single_agent": 1}.get(variant, 4)
     rods = len(env.robot.rods)
-    state = EnvState(*(jnp.asarray(rng.normal(size=(n, num)), jnp.float32) for n in (2, rods, 2, rods)), jnp.zeros(num, jnp.int32))
+    state = PlanarState(
+        *(jnp.asarray(rng.normal(size=(n, num)), jnp.float32) for n in (2, rods, 2, rods)), jnp.zeros(num, jnp.int32)
+    )
     action = np.asarray(mix_me.act(mix_me.layers(teams, team.sizes), team.observe(state), team))
     assert action.shape == (env.num_agents, env.num_actions, num)
     for b in range(num):
@@ -192,7 +194,7 @@ def test_an_episode_is_that_of_a_slow_loop():
     team = make_team(SMALL)
     teams = mix_me.init_teams(jax.random.key(1), team, 4) * 3
     episode = jax.jit(lambda teams: play(SMALL, teams, recorded=(2,)))(teams)
-    env, params = team.env, EnvParams(reset_noise=0.0)
+    env, params = team.env, PlanarParams(reset_noise=0.0)
     _, state = jax.vmap(env.reset_env, (0, None), -1)(jax.random.split(jax.random.key(0), 4), params)
     step = jax.jit(env.step_env, static_argnums=0)
     going_on, total, contact, steps = np.ones(4, bool), np.zeros(4), np.zeros(4), np.zeros(4)

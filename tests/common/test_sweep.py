@@ -153,7 +153,9 @@ def test_an_interrupted_sweep_resumes(finished, tmp_path):
     done = sweep(tmp_path, *flags, "--resume")
     assert done.returncode == 0, done.stderr
     assert (folder / "0" / "summary.json").stat().st_mtime_ns == first and len(rows_of(tmp_path / "sweep" / "results.csv")) == 8
-    assert [int(row["update"]) for row in rows_of(folder / "1" / "metrics.csv")] == [t for t in range(0, 601, 20) for _ in range(4)]
+    assert [int(row["update"]) for row in rows_of(folder / "1" / "metrics.csv")] == [
+        t for t in range(0, 2001, 20) for _ in range(4)
+    ]
     assert "another sweep" in sweep(tmp_path, *flags, "--resume", "--seed", "1").stderr
 
 

@@ -11,9 +11,9 @@ from envs import planar
 from envs.planar import (
     DT,
     ROBOTS,
-    EnvParams,
-    EnvState,
     Planar,
+    PlanarParams,
+    PlanarState,
     chain,
     factorise,
     joint_distances,
@@ -23,8 +23,8 @@ from envs.planar import (
 )
 
 pytestmark = pytest.mark.timeout(240)
-NUM = 256
-STILL = EnvParams(reset_noise=0.0)
+NUM = 64
+STILL = PlanarParams(reset_noise=0.0)
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def world(robot):
 def starts(robot, noise):
     env = world(robot)[0]
     keys = jax.random.split(jax.random.key(0), NUM)
-    return jax.jit(jax.vmap(env.reset_env, (0, None), -1))(keys, EnvParams(reset_noise=noise))[1]
+    return jax.jit(jax.vmap(env.reset_env, (0, None), -1))(keys, PlanarParams(reset_noise=noise))[1]
 
 
 def no_action(env):
@@ -48,7 +48,7 @@ def no_action(env):
 def random_state(robot, seed):
     """One state in the air with random angles and velocities, numpy."""
     rng, num = np.random.default_rng(seed), len(ROBOTS[robot]().rods)
-    return EnvState(np.array([0.3, 5.0]), rng.normal(0, 1, num), rng.normal(0, 1, 2), rng.normal(0, 3, num), np.int32(0))
+    return PlanarState(np.array([0.3, 5.0]), rng.normal(0, 1, num), rng.normal(0, 1, 2), rng.normal(0, 3, num), np.int32(0))
 
 
 # --- equations of motion
@@ -61,7 +61,7 @@ def test_energy_is_that_of_the_moving_rods(robot):
     with jax.enable_x64():
         moved = state._replace(pos=state.pos + dt * state.vel, angle=state.angle + dt * state.spin)
         ends, later = (np.asarray(env.places(s, env.tree.ends)).reshape(2, -1, 2) for s in (state, moved))
-        energy = float(env.energy(EnvState(*map(jnp.asarray, state)), gravity=0.0))
+        energy = float(env.energy(PlanarState(*map(jnp.asarray, state)), gravity=0.0))
     speed = (later - ends).mean(2) / dt
     mass = np.array([rod.mass for rod in env.robot.rods])
     lengths = np.array([np.subtract(*rod.ends) for rod in env.robot.rods])
@@ -160,7 +160,7 @@ def angular_momentum(env, state):
 
 @pytest.mark.parametrize("robot", ROBOTS)
 def test_random_runs_stay_sound(robot):
-    """1000 random steps of 256 robots: finite, feet not deep in the ground, and the ground never pulls."""
+    """1000 random steps of 64 robots: finite, feet not deep in the ground, and the ground never pulls."""
     env, step = world(robot)
     state, deepest, deep, pull = starts(robot, 0.1), 0.0, 0.0, 0.0
     key = jax.random.key(2)
@@ -310,7 +310,7 @@ def test_single_steps_vmap_and_trailing_batches_agree():
     batched = step(state, action, STILL)
     again = step(state, action, STILL)
     assert all((x == y).all() for x, y in zip(jax.tree.leaves(batched), jax.tree.leaves(again), strict=True))
-    params = EnvParams(max_steps_in_episode=1)
+    params = PlanarParams(max_steps_in_episode=1)
     auto = jax.jit(jax.vmap(env.step, (None, -1, -1, None), -1))
     obs, fresh, reward, terminated, truncated, info = auto(jax.random.key(6), state, action, params)
     np.testing.assert_allclose(info["final_observation"], batched[0], atol=1e-4)

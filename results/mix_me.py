@@ -1,0 +1,161 @@
+"""Mix-ME's claims (2311.01829), measured again on two planar robots. Run by reproduce.py."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from measure import ROOT, above, curve, over, spread, summary, trained
+
+ROBOTS = ("cheetah", "quad")
+VARIANTS = {  # name -> flags; the authors' code has k_mutations 1, which holds naive back: so it is also measured without
+    "Mix-ME": "--variant mix_me",
+    "Mix-ME, all agents": "--variant mix_me --k-mutations 0",
+    "naive": "--variant naive",
+    "naive, all agents": "--variant naive --k-mutations 0",
+    "parameter sharing": "--variant parameter_sharing",
+    "single agent": "--variant single_agent",
+}
+FLAGS = "--num-updates 200 --eval-every 100 --save-every 200"
+SCORE = "qd_score"
+
+
+def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
+    """Trains every variant on both robots on one set of seeds -> the folders of the runs."""
+    runs = {}
+    for robot in ROBOTS:
+        for name, variant in VARIANTS.items():
+            folder = out / f"{robot}_{name.replace(', ', '_').replace(' ', '_')}"
+            runs[f"{robot}, {name}"] = trained("mix_me", f"{FLAGS} --robot {robot} {variant}", seed, num_seeds, folder)
+    return runs
+
+
+# --- claims
+
+
+def claims(sets: list[dict[str, Path]]) -> list[dict]:
+    """The claims over the seeds of all sets."""
+    runs = pooled(sets)
+    made = []
+    for robot in ROBOTS:
+        of = {name: last(runs[f"{robot}, {name}"], SCORE) for name in VARIANTS}
+        made += learning(robot, runs[f"{robot}, Mix-ME"])
+        made += compared(robot, of)
+    return [*made, *speed()]
+
+
+def pooled(sets) -> dict[str, list[Path]]:
+    return {name: [each[name] for each in sets] for name in sets[0]}
+
+
+def last(folders, column: str) -> np.ndarray:
+    """The last value of a metric, for each seed."""
+    return np.array([y[-1] for _, y in curve(folders, "update", column)])
+
+
+def learning(robot: str, folders) -> list[dict]:
+    """The archive fills, and its best team is fast."""
+    half = [np.interp(0.5 * x[-1], x, y) for x, y in curve(folders, "update", SCORE)]
+    words = f"{robot}: Mix-ME's QD score still grows in the second half of the run"
+    made = [above(f"{robot}-grows", words, "implied", last(folders, SCORE), half)]
+    cover, best = last(folders, "coverage").mean(), last(folders, "max_fitness").mean()
+    seconds = 0.05 * summary(folders[0])["config"]["episode_length"]
+    made.append(over(f"{robot}-coverage", f"{robot}: Mix-ME fills the archive", "implied", cover, 0.25))
+    words = f"{robot}: the fittest team earns more than 1 a second of its episode"
+    made.append(over(f"{robot}-fitness", words, "implied", best / seconds / 20, 0.05 if robot == "cheetah" else 1.0))
+    return made
+
+
+def compared(robot: str, of: dict[str, np.ndarray]) -> list[dict]:
+    """Variants against each other, by QD score at equally many evaluations."""
+    ours, best, paper = (
+        of["Mix-ME"],
+        of["naive, all agents"],
+        "2311.01829, abstract: competes with single agents, often outperforms",
+    )
+    words, made = f"{robot}: Mix-ME has a higher QD score than naive multi-agent MAP-Elites", []
+    made.append(above(f"{robot}-naive", f"{words}, each changing one agent of a child", "implied", ours, of["naive"]))
+    made.append(above(f"{robot}-naive-all", f"{words} that varies whole teams", "implied", ours, best))
+    made.append(
+        above(f"{robot}-both-all", f"{words}, both changing all agents of a child", "implied", of["Mix-ME, all agents"], best)
+    )
+    words = f"{robot}: Mix-ME has a higher QD score than one policy shared by all agents"
+    made.append(above(f"{robot}-sharing", words, "implied", ours, of["parameter sharing"]))
+    words = f"{robot}: Mix-ME has at least 0.9 times the QD score of one agent that sees everything"
+    made.append(above(f"{robot}-competes", words, paper, ours, 0.9 * of["single agent"]))
+    words = f"{robot}: Mix-ME has a higher QD score than one agent that sees everything"
+    made.append(above(f"{robot}-outperforms", words, paper, ours, of["single agent"]))
+    return made
+
+
+def speed() -> list[dict]:
+    """tests/bench/mix_me.py."""
+    bench = json.loads((ROOT / "results" / "bench" / "mix_me.json").read_text())["ratios"]
+    made = []
+    for name, bar in (("QDax, planar, vmapped", 1.3), ("QDax, planar, batched", 1.3), ("QDax, half-cheetah", 5.0)):
+        words = f"evaluations per CPU-second, ours : {name}"
+        made.append(over(words.split(": ")[1], words, "own", bench[words], bar, " times"))
+    return made
+
+
+# --- tables and figures
+
+
+def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
+    """Writes the figures to `out` -> the tables as Markdown, the names of the figures."""
+    runs = pooled(sets)
+    out.mkdir(parents=True, exist_ok=True)
+    plot_curves(runs, out / "curves.png")
+    figures = ["curves.png"]
+    for robot in ROBOTS:
+        folder = runs[f"{robot}, Mix-ME"][0]
+        for name, path in ((f"{robot}.gif", "videos/elites.gif"), (f"{robot}.png", "figures/archive.png")):
+            (out / name).write_bytes((folder / path).read_bytes())
+            figures.append(name)
+    return "\n".join([*how(runs), "", *table(runs)]), figures
+
+
+def how(runs) -> list[str]:
+    """What was run."""
+    first = summary(runs["cheetah, Mix-ME"][0])
+    config, seeds = first["config"], [summary(folder)["config"] for folder in runs["cheetah, Mix-ME"]]
+    sets = " and ".join(f"{c['seed']} to {c['seed'] + c['num_seeds'] - 1}" for c in seeds)
+    commits = sorted({summary(folder)["commit"] or "?" for folders in runs.values() for folder in folders})
+    evaluations = config["num_updates"] * config["batch_size"]
+    return [
+        f"Seeds {sets}; {evaluations:,} evaluations of {config['episode_length']} steps a seed, batches of {config['batch_size']}, "
+        f"policies {config['hidden']} x {config['hidden']}, {config['num_cells']} CVT cells, agents see joints at distance "
+        f"{config['obs_distance']}; {first['devices']}, commit {', '.join(commits)}, jax {first['versions']['jax']}.",
+        "Mean ± standard error over seeds. Corrected: every elite played again from another start.",
+    ]
+
+
+def table(runs) -> list[str]:
+    """A row for each robot and variant."""
+    columns = ["robot, variant", "QD score / 1000", "coverage", "max fitness", "corrected QD score / 1000", "train time a set"]
+    rows = [f"| {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) - 1)]
+    for name, folders in runs.items():
+        minutes = np.mean([summary(folder)["train_s"] for folder in folders]) / 60
+        cells = [name, spread(last(folders, SCORE) / 1e3), spread(last(folders, "coverage")), spread(last(folders, "max_fitness"))]
+        cells += [spread(last(folders, "corrected_qd_score") / 1e3), f"{minutes:.1f} min"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def plot_curves(runs, path: Path) -> None:
+    """QD score against evaluations, mean and standard error over seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, robot in zip(figure.subplots(1, len(ROBOTS)), ROBOTS, strict=True):
+        for name in VARIANTS:
+            pairs = curve(runs[f"{robot}, {name}"], "evaluations", SCORE)
+            x, y = pairs[0][0], np.array([y for _, y in pairs]) / 1e3
+            mean, error = y.mean(0), y.std(0, ddof=1) / np.sqrt(len(y))
+            (line,) = axes.plot(x, mean, label=name)
+            axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.15)
+        axes.set_title(robot)
+        axes.set_xlabel("evaluations")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    figure.axes[0].set_ylabel("QD score / 1000")
+    figure.savefig(path, dpi=110)
