@@ -11,8 +11,7 @@ Run:     python algos/shaper.py                            (the prisoner's dilem
 
 Paper:   --preset paper, paper_coin_game or paper_in_the_matrix
 
-Expect:  in the prisoner's dilemma, after 100 generations, Shaper earns about -0.9 a step (-0.73 and -1.03 with two seeds), its
-         opponents -1.9; mutual cooperation is -1, mutual defection -2
+Expect:  not measured yet (the paper: above mutual cooperation's -1 in the prisoner's dilemma)
 
 Differs from the authors' Pax (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
  1. The evolution's mean is evaluated (the best of the current generation, chosen by its noisy fitness).
