@@ -20,12 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
+import mix_me  # noqa: E402
 import ued  # noqa: E402
 from measure import claims_table  # noqa: E402
 
-METHODS = {
-    "ued": ued
-}  # each has train(seed, num_seeds, out) -> runs, claims([runs, ...]), report([runs, ...], out) -> table, figures
+# each has train(seed, num_seeds, out) -> runs, claims([runs, ...]), report([runs, ...], out) -> table, figures
+METHODS = {"ued": ued, "mix_me": mix_me}
 
 
 def with_verdicts(make_claims, sets: list) -> list[dict]:
@@ -60,7 +60,8 @@ def replace_between(text: str, name: str, content: str) -> str:
 def with_results(text: str) -> str:
     """README.md's text with the measured numbers of results/ put in."""
     for method in METHODS:
-        text = replace_between(text, method, (ROOT / "results" / method / "table.md").read_text().strip())
+        if f"<!-- {method} -->" in text:
+            text = replace_between(text, method, (ROOT / "results" / method / "table.md").read_text().strip())
     benches = ROOT / "results" / "bench"
     text = replace_between(text, "bench", ued.bench_table(json.loads((benches / "ued.json").read_text())))
     return replace_between(text, "run-bench", run_bench_table(json.loads((benches / "run.json").read_text())))
