@@ -33,6 +33,7 @@ import optax
 
 from common.config import RunConfig, cli, require, require_range
 from common.devices import shard_batch
+from common.lanes import Episode, affine, affine_shape, choose, gru, gru_shape, linear, pick, ppo_epochs, spread, to_matches
 from common.nn import orthogonal
 from common.ppo import gae
 from common.run import Train, run
@@ -180,57 +181,6 @@ class State(NamedTuple):
 
 
 # --- layers
-#
-# Every policy plays many opponents in many environments, so thousands of tiny networks with weights of their own run side by side.
-# XLA's batched products of such small matrices are slow on CPU. Here the matches M (population x opponents) are the last axis, next
-# to each other in memory, features come before them, and a product is a sum written out term by term, which becomes a few vector
-# instructions: 4 to 5 times as fast. Shapes: x (E, features, M), weights (features out, features in, M).
-
-
-def is_wide(w, x) -> bool:
-    """Whether a product is large enough for XLA's own to be faster: many inputs a weight, or many inputs at all."""
-    return w.shape[1] > 64 or (w[..., 0].size > 64 and x[..., 0, 0].size >= 8)
-
-
-@jax.custom_vjp
-def linear(w, x) -> jax.Array:
-    """w (out, in, M), x (..., in, M) -> (..., out, M), each match with its own weights."""
-    if is_wide(w, x):
-        return jnp.einsum("oim,...im->...om", w, x)
-    y = w[:, 0] * x[..., 0, None, :]
-    for k in range(1, w.shape[1]):
-        y = y + w[:, k] * x[..., k, None, :]
-    return y
-
-
-def _linear_forward(w, x):
-    return linear(w, x), (w, x)
-
-
-def _linear_backward(kept, dy):
-    """The gradient, without that of every slice taken above."""
-    w, x = kept
-    flat_x, flat_y = (v.reshape(-1, *v.shape[-2:]) for v in (x, dy))
-    wide = is_wide(w, x)
-    dw = jnp.einsum("bom,bim->oim", flat_y, flat_x) if wide else (flat_y[:, :, None] * flat_x[:, None]).sum(0)
-    return dw, linear(w.swapaxes(0, 1), dy)
-
-
-linear.defvjp(_linear_forward, _linear_backward)
-
-
-def affine(params, x) -> jax.Array:
-    """`linear` with a bias."""
-    return linear(params["w"], x) + params["b"]
-
-
-def gru(params, h, x) -> jax.Array:
-    """A gated recurrent unit (1406.1078): h (..., H, M), x (..., in, M) -> the next h. Gates ordered update, reset, candidate."""
-    width = h.shape[-2]
-    gates = linear(params["wx"], x) + params["b"]
-    z, r = jnp.split(jax.nn.sigmoid(gates[..., : 2 * width, :] + linear(params["wh"][: 2 * width], h)), 2, axis=-2)
-    candidate = jnp.tanh(gates[..., 2 * width :, :] + linear(params["wh"][2 * width :], r * h))
-    return (1 - z) * h + z * candidate
 
 
 def layer_norm(params, x) -> jax.Array:
@@ -267,14 +217,6 @@ def view(params, obs) -> jax.Array:
     patches = [image[..., i : i + 5, j : j + 5, :, :] for i in range(3) for j in range(3)]
     seen = jax.nn.relu(affine(params["conv"], jnp.concatenate(patches, axis=-2)))  # (..., 5, 5, 16, M)
     return jnp.concatenate([seen.reshape(*vector.shape[:-2], -1, vector.shape[-1]), vector], axis=-2)
-
-
-def affine_shape(n_in: int, n_out: int) -> dict:
-    return {"w": (n_out, n_in), "b": (n_out,)}
-
-
-def gru_shape(n_in: int, hidden: int) -> dict:
-    return {"wx": (3 * hidden, n_in), "wh": (3 * hidden, hidden), "b": (3 * hidden,)}
 
 
 def view_shape(env: str, hidden: int) -> tuple[dict, int]:
@@ -363,17 +305,6 @@ class Player(NamedTuple):
     act: Callable  # weights, memory, obs (E, F, M) -> logits (E, A, M), value (E, M) or None, memory
     end: Callable  # key, weights, memory, episode, k -> weights, memory: what happens after episode k
     learns: bool = False  # whether the episode is recorded for `end`
-
-
-class Episode(NamedTuple):
-    """What a learner saw of an episode, leading axes (T, E)."""
-
-    obs: jax.Array  # (T, E, F, M)
-    memory: Any  # (T, E, H, M), before each step
-    action: jax.Array  # (T, E, M) int32
-    log_prob: jax.Array
-    value: jax.Array
-    reward: jax.Array
 
 
 def policy_shapes(config: Config) -> dict:
@@ -482,7 +413,7 @@ def make_learner(config: Config, bootstrap: bool) -> Player:
         done = jnp.zeros_like(episode.reward)
         adv, target = gae(episode.reward, episode.value, done, last, config.gamma, config.gae_lambda)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (episode, adv, target))
-        new, opt_state = ppo_epochs(key, tx, params, opt_state, flat, config)
+        new, opt_state = ppo_epochs(key, learner_net, tx, params, opt_state, flat, config)
         params = jax.tree.map(lambda x, y: jnp.where(k < stop, x, y), new, params)
         return (params, opt_state, stop), memory
 
@@ -497,51 +428,6 @@ def start_learner(key, config: Config, population: int, opponents: int, num_envs
     memory = jnp.zeros((num_envs, config.learner_hidden, matches)) if config.learner == "gru" else ()
     stop = jnp.broadcast_to(stop, matches)
     return (params, optax.adam(config.lr, eps=1e-5).init(params), stop), memory
-
-
-def ppo_epochs(key, tx, params, opt_state, flat, config: Config):
-    """PPO (1707.06347) on shuffled single steps, for all matches M at once: every leaf of `flat` is (T E, ..., M)."""
-
-    def loss(params, batch):
-        episode, adv, target = batch
-        logits, value, _ = learner_net(params, episode.memory, episode.obs)
-        log_probs = jax.nn.log_softmax(logits, axis=-2)
-        ratio = jnp.exp(pick(log_probs, episode.action) - episode.log_prob)
-        adv = (adv - adv.mean(0)) / (adv.std(0) + 1e-8)
-        gain = jnp.minimum(ratio * adv, jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps) * adv)
-        near = episode.value + jnp.clip(value - episode.value, -config.clip_eps, config.clip_eps)
-        error = jnp.maximum((value - target) ** 2, (near - target) ** 2)
-        entropy = -(jnp.exp(log_probs) * log_probs).sum(-2)
-        return (-gain + config.vf_coef * error - config.ent_coef * entropy).mean(0).sum()  # matches do not touch one another
-
-    def minibatch_step(carry, batch):
-        params, opt_state = carry
-        grads = jax.grad(loss)(params, batch)
-        norm = jnp.sqrt(sum((g * g).sum(tuple(range(g.ndim - 1))) for g in jax.tree.leaves(grads)))  # (M,)
-        scale = jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(norm, 1e-9))
-        updates, opt_state = tx.update(jax.tree.map(lambda g: g * scale, grads), opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), None
-
-    def epoch(carry, key):
-        order = jax.random.permutation(key, len(flat[1])).reshape(config.num_minibatches, -1)
-        return jax.lax.scan(lambda carry, rows: minibatch_step(carry, jax.tree.map(lambda x: x[rows], flat)), carry, order)
-
-    (params, opt_state), _ = jax.lax.scan(epoch, (params, opt_state), jax.random.split(key, config.num_epochs))
-    return params, opt_state
-
-
-def pick(x, action) -> jax.Array:
-    """x (..., A, M) at action (..., M) -> (..., M)."""
-    return sum(jnp.where(action == a, x[..., a, :], 0.0) for a in range(x.shape[-2]))
-
-
-def choose(scores) -> jax.Array:
-    """The place of the highest of scores (..., A, M) -> (..., M) int32; written out, since an argmax over so few is slow."""
-    best, place = scores[..., 0, :], jnp.zeros(scores[..., 0, :].shape, jnp.int32)
-    for a in range(1, scores.shape[-2]):
-        higher = scores[..., a, :] > best
-        best, place = jnp.where(higher, scores[..., a, :], best), jnp.where(higher, a, place)
-    return place
 
 
 # --- a trial
@@ -609,11 +495,6 @@ def play_trial(key, world: World, players, weights, memories, sizes, config: Con
 
 
 # --- evolution
-
-
-def to_matches(population, opponents: int):
-    """A population's weights (P, ...) -> (..., M), each member's `opponents` times, side by side."""
-    return jax.tree.map(lambda x: jnp.repeat(jnp.moveaxis(x, 0, -1), opponents, axis=-1), population)
 
 
 def make_evolution(config: Config):
@@ -726,11 +607,6 @@ def meet_learners(key, weights, config: Config) -> Outcome:
     memories = (init_memory(config, config.num_envs, len(probe)), matches[1][1])
     players = (policy._replace(act=act), learner)
     return play_trial(key_trial, world, players, (matches[0], matches[1][0]), memories, sizes, config, True)[0]
-
-
-def spread(weights, sizes):
-    """One policy's weights for every match."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x[..., None], (*x.shape, sizes[0] * sizes[1])), weights)
 
 
 def naive_play(key, config: Config) -> Outcome:
