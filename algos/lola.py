@@ -182,7 +182,7 @@ def lola_gradient(key, logits, value, me: int, config: Config) -> jax.Array:
 
 def value_error(value, games: Games, gamma: float) -> jax.Array:
     """The baseline's squared error, as a share of the largest return possible for rewards of 1."""
-    step = lambda after, reward: ((reward + gamma * after,) * 2)
+    step = lambda after, reward: (reward + gamma * after,) * 2
     _, target = jax.lax.scan(step, jnp.zeros_like(games.reward[0]), games.reward, reverse=True)
     return ((1 - gamma) ** 2 * (read(value, games.view) - target) ** 2).sum(-1).mean()
 
