@@ -8,6 +8,7 @@ memory within episodes and passes a single vector on; Good Shepherd has neither;
 Run:     python algos/shaper.py                            (the prisoner's dilemma, 4 seeds; --env imp, chicken or stag_hunt;
                                                             --method mfos, gs or reset for rivals)
          python algos/shaper.py --preset coin_game         (or in_the_matrix)
+         python algos/shaper.py --preset mfos_rl           (M-FOS trained by PPO)
 
 Paper:   --preset paper, paper_coin_game or paper_in_the_matrix
 
@@ -18,7 +19,9 @@ Differs from the authors' Pax (its own value in brackets; the `cpu` preset also 
  2. Shaper's action noise is new in every generation (the same in all).
  3. The last step of an episode is rewarded, and other mends of the worlds (see envs/).
  4. A learner's minibatches are the same steps for all opponents of a generation (drawn for each).
- 5. Weight decay is on the mean square of a solution (as there) with evosax's current classes.
+ 5. PPO on the policy goes through its memory in whole trials, M-FOS's meta-agent with it (one step deep, which leaves the
+    meta-agent untrained).
+ 6. Weight decay is on the mean square of a solution (as there) with evosax's current classes.
 """
 
 from collections.abc import Callable
@@ -49,7 +52,7 @@ SIDES = ("shaper", "learner")
 class Config(RunConfig):
     """Shaper's settings; the defaults are the authors' for the iterated matrix games."""
 
-    preset: Literal["cpu", "coin_game", "in_the_matrix", "paper", "paper_coin_game", "paper_in_the_matrix"] = "cpu"
+    preset: Literal["cpu", "coin_game", "in_the_matrix", "mfos_rl", "paper", "paper_coin_game", "paper_in_the_matrix"] = "cpu"
     """Which set of defaults to begin from: minutes on two cores, for one kind of world each, or the authors' own numbers."""
     env: Literal["ipd", "imp", "chicken", "stag_hunt", "coin_game", "ipditm", "impitm"] = "ipd"
     """The world: a matrix game, the coin game, or the prisoner's dilemma or matching pennies in the matrix."""
@@ -57,6 +60,8 @@ class Config(RunConfig):
     """Who plays the first side: Shaper, M-FOS, Good Shepherd, or Shaper without a memory of earlier episodes."""
     averaging: Literal["none", "average", "attention"] = "none"
     """How memory is shared between the environments of a batch at every step (Shaper and M-FOS)."""
+    trainer: Literal["es", "ppo"] = "es"
+    """What trains the first side: evolution, or PPO on whole trials (M-FOS's other form)."""
     learner: Literal["tabular", "mlp", "gru"] = "tabular"
     """The opponent's network; tabular for matrix games only."""
 
@@ -90,6 +95,17 @@ class Config(RunConfig):
     weight_decay: float = 0.0
     """Weight of a solution's mean square against its fitness."""
 
+    rl_lr: float = 0.005
+    """--trainer ppo: learning rate of Adam on the policy. It plays one trial against each of num_opponents."""
+    rl_gamma: float = 0.99
+    """--trainer ppo: discount factor over the steps of a whole trial."""
+    rl_epochs: int = 2
+    """--trainer ppo: passes over the trials."""
+    rl_minibatches: int = 2
+    """--trainer ppo: groups of opponents that each pass is split into."""
+    rl_ent_coef: float = 0.01
+    """--trainer ppo: weight of the policy's entropy bonus. Lambda, clipping and the rest are the learner's."""
+
     lr: float = 1.0
     """Learning rate of the learner's Adam."""
     gamma: float = 0.96
@@ -118,8 +134,8 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        counts = "population_size num_opponents num_envs num_episodes num_steps hidden num_epochs num_minibatches learner_hidden"
-        for name in (*counts.split(), "eval_learners"):
+        counts = "population_size num_opponents num_envs num_episodes num_steps hidden num_epochs num_minibatches rl_epochs"
+        for name in (*counts.split(), "rl_minibatches", "learner_hidden", "eval_learners"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         require(
             self.population_size % 2 == 0, f"--population-size {self.population_size}: must be even, half of it mirrors the other"
@@ -129,10 +145,12 @@ class Config(RunConfig):
             steps % self.num_minibatches == 0,
             f"--num-minibatches {self.num_minibatches}: must divide num-envs x num-steps, {steps}",
         )
-        require_range(self, 0, 1, "gamma", "gae_lambda", "es_lr_decay", "sigma_decay", "es_beta1")
-        require_range(self, 0, 1000, "clip_eps", "ent_coef", "vf_coef", "max_grad_norm", "weight_decay", "eval_stop")
-        for name in ("lr", "es_lr", "sigma"):
+        require_range(self, 0, 1, "gamma", "rl_gamma", "gae_lambda", "es_lr_decay", "sigma_decay", "es_beta1")
+        require_range(self, 0, 1000, "clip_eps", "ent_coef", "rl_ent_coef", "vf_coef", "max_grad_norm", "weight_decay", "eval_stop")
+        for name in ("lr", "es_lr", "rl_lr", "sigma"):
             require(getattr(self, name) > 0, f"--{name.replace('_', '-')} {getattr(self, name)}: must be positive")
+        divides = self.trainer == "es" or self.num_opponents % self.rl_minibatches == 0
+        require(divides, f"--rl-minibatches {self.rl_minibatches}: must divide --num-opponents {self.num_opponents}")
         tabular = self.learner == "tabular" and self.env not in MATRIX
         require(not tabular, f"--learner tabular: --env {self.env} needs mlp or gru")
         mixes = self.averaging == "none" or self.method in ("shaper", "mfos", "reset")
@@ -140,7 +158,7 @@ class Config(RunConfig):
 
     @property
     def split_size(self) -> int:
-        return self.population_size
+        return self.population_size if self.trainer == "es" else self.num_opponents
 
 
 PAPER = Config(log_every=10, eval_every=100, save_every=100, preset="paper")
@@ -165,11 +183,12 @@ CPU_GRID = replace(
     PAPER_GRID, preset="in_the_matrix", num_updates=60, eval_every=30, save_every=30, population_size=16, num_envs=8,
     num_episodes=20, eval_learners=4, **(SHORT | {"num_seeds": 2}),
 )  # fmt: skip
-PRESETS = {x.preset: x for x in (CPU, CPU_COIN, CPU_GRID, PAPER, PAPER_COIN, PAPER_GRID)}
+CPU_RL = replace(CPU, preset="mfos_rl", method="mfos", trainer="ppo", num_opponents=16, num_episodes=30, num_steps=30)
+PRESETS = {x.preset: x for x in (CPU, CPU_COIN, CPU_GRID, CPU_RL, PAPER, PAPER_COIN, PAPER_GRID)}
 
 
 class State(NamedTuple):
-    """All of one seed's run."""
+    """All of one seed's run, trained by evolution."""
 
     es: Any  # evosax's Open_ES
     key: jax.Array
@@ -178,6 +197,14 @@ class State(NamedTuple):
     def params(self):
         """The evolution's mean, one long vector."""
         return self.es.mean
+
+
+class RLState(NamedTuple):
+    """All of one seed's run, trained by PPO."""
+
+    params: dict
+    opt_state: Any
+    key: jax.Array
 
 
 # --- layers
@@ -304,7 +331,7 @@ class Player(NamedTuple):
 
     act: Callable  # weights, memory, obs (E, F, M) -> logits (E, A, M), value (E, M) or None, memory
     end: Callable  # key, weights, memory, episode, k -> weights, memory: what happens after episode k
-    learns: bool = False  # whether the episode is recorded for `end`
+    records: str = "nothing"  # or "episode": for `end`; or "trial": for who trains it
 
 
 def policy_shapes(config: Config) -> dict:
@@ -314,7 +341,7 @@ def policy_shapes(config: Config) -> dict:
     norm = {"scale": (hidden,), "b": (hidden,)}
     share = {"qkv": (3 * hidden, hidden), "before": norm, "after": norm, "out": affine_shape(hidden, hidden)}
     share = share if config.averaging == "attention" else {}
-    last = {"policy": (actions, hidden)}
+    last = {"policy": (actions, hidden)} | ({"value": (1, hidden)} if config.trainer == "ppo" else {})
     if config.method == "gs":
         return {"view": seen, "first": affine_shape(n_in, hidden), "second": affine_shape(hidden, hidden)} | last
     if config.method == "mfos":
@@ -327,9 +354,13 @@ def make_policy(config: Config) -> Player:
     """The first side: Shaper, M-FOS or Good Shepherd, of weights as in `policy_shapes` with a last axis M."""
     mix = partial(share_memory, averaging=config.averaging, heads=1 if config.env in MATRIX else 8)
 
+    def heads(weights, x, memory):
+        value = linear(weights["value"], x)[..., 0, :] if "value" in weights else None
+        return linear(weights["policy"], x), value, memory
+
     def shaper(weights, h, obs):
         h = gru(weights["gru"], mix(weights["share"], h), view(weights["view"], obs))
-        return linear(weights["policy"], h), None, h
+        return heads(weights, h, h)
 
     def mfos(weights, memory, obs):
         (h_actor, h_meta, th), parts = memory, (weights["actor"], weights["meta"])
@@ -337,11 +368,11 @@ def make_policy(config: Config) -> Player:
             gru(part["gru"], mix(part["share"], h), affine(part["in"], view(part["view"], obs)))
             for part, h in zip(parts, (h_actor, h_meta), strict=True)
         )
-        return linear(weights["policy"], th * h_actor), None, (h_actor, h_meta, th)
+        return heads(weights, th * h_actor, (h_actor, h_meta, th))
 
     def good_shepherd(weights, memory, obs):
         x = jnp.tanh(affine(weights["first"], view(weights["view"], obs)))
-        return linear(weights["policy"], jnp.tanh(affine(weights["second"], x))), None, memory
+        return heads(weights, jnp.tanh(affine(weights["second"], x)), memory)
 
     def end(key, weights, memory, episode, k):
         if config.method == "mfos":  # the meta-agent's word for the next episode; all that was seen in this one is forgotten
@@ -417,7 +448,7 @@ def make_learner(config: Config, bootstrap: bool) -> Player:
         params = jax.tree.map(lambda x, y: jnp.where(k < stop, x, y), new, params)
         return (params, opt_state, stop), memory
 
-    return Player(act, end, learns=True)
+    return Player(act, end, records="episode")
 
 
 def start_learner(key, config: Config, population: int, opponents: int, num_envs: int, stop=jnp.inf):
@@ -439,6 +470,7 @@ class Outcome(NamedTuple):
     reward: jax.Array  # (K, 2, P, O): the mean per step of each side
     stats: dict  # name -> (K, P, O)
     film: Any  # states of the first match (K, T, ...)
+    trial: Any  # what players of records "trial" saw: Episode, leading axes (K, T, E), without memories
 
 
 def play_trial(key, world: World, players, weights, memories, sizes, config: Config, with_stats: bool = False):
@@ -470,7 +502,7 @@ def play_trial(key, world: World, players, weights, memories, sizes, config: Con
         for i, (logits, value, _) in enumerate(acts):
             log_prob = pick(jax.nn.log_softmax(logits, axis=-2), actions[i])
             note = Episode(obs[i], memories[i], actions[i], log_prob, value, reward[..., i])
-            notes.append(note if players[i].learns else None)
+            notes.append(note if players[i].records != "nothing" else None)
         after = tuple(memory for *_, memory in acts)
         stats, film = {}, ()
         if with_stats:
@@ -488,7 +520,8 @@ def play_trial(key, world: World, players, weights, memories, sizes, config: Con
         (_, _, memories), (notes, reward, stats, film) = jax.lax.scan(partial(step, weights), carry, (noise, keys))
         ends = [p.end(key_end[i], weights[i], memories[i], notes[i], k) for i, p in enumerate(players)]
         reward = reward.mean(0).T.reshape(2, population, opponents)
-        return tuple(zip(*ends, strict=True)), (reward, jax.tree.map(lambda x: x.mean(0), stats), film)
+        trial = [n._replace(memory=()) for n, p in zip(notes, players, strict=True) if p.records == "trial"]
+        return tuple(zip(*ends, strict=True)), (reward, jax.tree.map(lambda x: x.mean(0), stats), film, trial)
 
     (weights, memories), outcome = jax.lax.scan(episode, (weights, memories), jnp.arange(config.num_episodes))
     return Outcome(*outcome), weights, memories
@@ -523,7 +556,11 @@ def zero_policy(config: Config) -> dict:
 
 
 def make_train(config: Config) -> Train:
-    """Shaper's evolution as pure functions of one seed."""
+    """The training of a policy that shapes, as pure functions of one seed."""
+    return train_by_evolution(config) if config.trainer == "es" else train_by_ppo(config)
+
+
+def train_by_evolution(config: Config) -> Train:
     world = make_world(config)
     strategy, es_params = make_evolution(config)
     players = (make_policy(config), make_learner(config, world.bootstrap))
@@ -559,14 +596,100 @@ def make_train(config: Config) -> Train:
     return Train(init, update, partial(evaluate, config), config.num_updates)
 
 
+# --- reinforcement learning
+
+
+def init_policy(key, config: Config) -> dict:
+    """A policy's weights for PPO: normal, scaled by the number of inputs; the last layer small; biases 0."""
+    shapes, tree = jax.tree.flatten(policy_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(key, len(shapes))
+    fill = lambda key, s: jax.random.normal(key, s) / np.sqrt(s[1]) if len(s) > 1 else jnp.zeros(s)
+    weights = jax.tree.unflatten(tree, [fill(k, s) for k, s in zip(keys, shapes, strict=True)])
+    return weights | {"policy": 0.01 * weights["policy"]}
+
+
+def replay(policy: Player, weights, memory, obs):
+    """What the policy does and thinks in a whole trial: obs (K, T, E, F, M) -> logits (K, T, E, A, M), value (K, T, E, M).
+
+    Gradients flow through all of its memory; only the memories between episodes are kept for them.
+    """
+
+    def step(memory, obs):
+        logits, value, memory = policy.act(weights, memory, obs)
+        return memory, (logits, value)
+
+    def episode(memory, obs):
+        memory, out = jax.lax.scan(step, memory, obs)
+        return policy.end(None, weights, memory, None, 0)[1], out
+
+    return jax.lax.scan(jax.checkpoint(episode), memory, obs)[1]
+
+
+def trial_loss(params, batch, config: Config):
+    """PPO's loss on whole trials, one for each opponent M; every leaf of `batch` is (K, T, E, ..., M)."""
+    trial, adv, target = batch
+    matches = adv.shape[-1]
+    memory = init_memory(config, config.num_envs, matches)
+    logits, value = replay(make_policy(config), spread(params, (1, matches)), memory, trial.obs)
+    log_probs = jax.nn.log_softmax(logits, axis=-2)
+    ratio = jnp.exp(pick(log_probs, trial.action) - trial.log_prob)
+    adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+    gain = jnp.minimum(ratio * adv, jnp.clip(ratio, 1 - config.clip_eps, 1 + config.clip_eps) * adv)
+    entropy = -(jnp.exp(log_probs) * log_probs).sum(-2)
+    return (-gain + config.vf_coef * (value - target) ** 2 - config.rl_ent_coef * entropy).mean()
+
+
+def train_by_ppo(config: Config) -> Train:
+    world, tx = make_world(config), optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(config.rl_lr, eps=1e-5))
+    players = (make_policy(config)._replace(records="trial"), make_learner(config, world.bootstrap))
+    sizes = (1, config.num_opponents, config.num_envs)
+    steps = np.prod([*sizes, config.num_episodes, config.num_steps])
+
+    def init(key):
+        key, key_policy = jax.random.split(key)
+        params = init_policy(key_policy, config)
+        return RLState(params, tx.init(params), key)
+
+    def update(state: RLState, t):
+        """A trial against each of the fresh learners, then PPO on all of them."""
+        key, key_learner, key_trial, *keys = jax.random.split(state.key, 3 + config.rl_epochs)
+        memory = init_memory(config, config.num_envs, config.num_opponents)
+        learner, learner_memory = start_learner(key_learner, config, *sizes)
+        weights = jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), spread(state.params, sizes))
+        outcome, _, _ = play_trial(key_trial, world, players, (weights, learner), (memory, learner_memory), sizes, config)
+        (trial,) = outcome.trial
+        reward, value = (x.reshape(-1, *x.shape[2:]) for x in (trial.reward, trial.value))  # (K T, E, M)
+        adv, target = gae(reward, value, 0 * reward, 0 * reward[0], config.rl_gamma, config.gae_lambda)
+        batch = (trial, adv.reshape(trial.value.shape), target.reshape(trial.value.shape))
+
+        def minibatch(carry, rows):
+            params, opt_state = carry
+            grads = jax.grad(trial_loss)(params, jax.tree.map(lambda x: x[..., rows], batch), config)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        orders = [jax.random.permutation(k, config.num_opponents).reshape(config.rl_minibatches, -1) for k in keys]
+        (params, opt_state), _ = jax.lax.scan(minibatch, (state.params, state.opt_state), jnp.concatenate(orders))
+        rewards = outcome.reward.mean((0, 2, 3))
+        metrics = {f"{side}_reward": rewards[i] for i, side in enumerate(SIDES)}
+        return RLState(params, opt_state, key), metrics | {"env_steps": (t + 1.0) * steps}
+
+    return Train(init, update, partial(evaluate, config), config.num_updates)
+
+
 # --- evaluation
 
 
-def evaluate(config: Config, state: State) -> dict:
-    """The evolution's mean in whole trials against fresh learners: as trained, in the hard-stop challenge, and half blind; against
+def policy_of(config: Config, state) -> dict:
+    """The weights that a state has found: the evolution's mean, or PPO's parameters."""
+    return state.params if config.trainer == "ppo" else make_evolution(config)[0]._unravel_solution(state.es.mean)
+
+
+def evaluate(config: Config, state) -> dict:
+    """The policy in whole trials against fresh learners: as trained, in the hard-stop challenge, and half blind; against
     fixed strategies; and two naive learners against each other. Rewards are means per step; `_last` is of the last tenth."""
     key_learn, key_naive, key_fixed = jax.random.split(jax.random.fold_in(state.key, 0), 3)
-    weights = make_evolution(config)[0]._unravel_solution(state.es.mean)
+    weights = policy_of(config, state)
     world = make_world(config)
     outcome = meet_learners(key_learn, weights, config)
     reward = outcome.reward.mean(3)  # (K, 2, probes)

@@ -1,4 +1,4 @@
-"""Opponent shaping's claims (Shaper, 2312.12568), measured again in matrix games and, briefly, in two gridworlds. Run by reproduce.py."""
+"""Opponent shaping's claims (Shaper, 2312.12568), measured again in matrix games and gridworlds. Run by reproduce.py."""
 
 import json
 from functools import partial
