@@ -155,7 +155,7 @@ PAPER_GRID = replace(
 )  # fmt: skip
 SHORT = dict(num_seeds=4, log_every=5, es_beta1=0.9, shaping="rank")
 CPU = replace(
-    PAPER, preset="cpu", num_updates=120, eval_every=40, save_every=40, population_size=64, num_opponents=2, **SHORT,
+    PAPER, preset="cpu", num_updates=150, eval_every=50, save_every=50, population_size=64, num_opponents=2, **SHORT,
 )  # fmt: skip
 CPU_COIN = replace(
     PAPER_COIN, preset="coin_game", num_updates=100, eval_every=50, save_every=50, population_size=32, num_envs=32,
@@ -578,9 +578,10 @@ def evaluate(config: Config, state: State) -> dict:
         results |= {f"blind_{side}": reward[:, i, 2].mean()} if config.env in MATRIX else {}
     for name, x in outcome.stats.items():
         results |= {name: x[:, 0].mean(), f"episodes/{name.replace('/', '_')}": x[:, 0].mean(1)}
-    results |= {f"naive_{i + 1}": x for i, x in enumerate(naive_play(key_naive, config).reward.mean((0, 2, 3)))}
-    for name, strategy in world.strategies.items():
-        results[f"against/{name}"] = meet_strategy(key_fixed, weights, strategy, config).reward[:, 0].mean()
+    naive = naive_play(key_naive, config).reward.mean((2, 3))  # (K, 2)
+    results |= {f"naive_{i + 1}": x for i, x in enumerate(naive.mean(0))}
+    results |= {f"naive_{i + 1}_last": x for i, x in enumerate(naive[-tenth:].mean(0))}
+    results |= {f"against/{name}": x for name, x in meet_strategies(key_fixed, weights, config).items()}
     if config.env not in MATRIX:
         results["film"] = jax.vmap(world.env.render)(jax.tree.map(lambda x: x[-1], outcome.film))
     return results
@@ -618,12 +619,21 @@ def naive_play(key, config: Config) -> Outcome:
     return play_trial(key_trial, world, players, weights, memories, sizes, config)[0]
 
 
-def meet_strategy(key, weights, strategy: Callable, config: Config) -> Outcome:
-    """One policy against a strategy that does not learn."""
-    sizes = (1, 4, config.num_envs)
-    memories = (init_memory(config, config.num_envs, 4), ())
-    players, weights = (make_policy(config), fixed_player(strategy)), (spread(weights, sizes), ())
-    return play_trial(key, make_world(config), players, weights, memories, sizes, config)[0]
+def meet_strategies(key, weights, config: Config) -> dict:
+    """One policy against the strategies that do not learn -> name -> its mean reward."""
+    world, repeats = make_world(config), 4
+    if not world.strategies:
+        return {}
+    who = np.arange(len(world.strategies)).repeat(repeats)  # (M,)
+    sizes = (1, len(who), config.num_envs)
+
+    def logits_of(obs):
+        return sum(jnp.where(who == k, strategy(obs), 0.0) for k, strategy in enumerate(world.strategies.values()))
+
+    memories = (init_memory(config, config.num_envs, len(who)), ())
+    players, weights = (make_policy(config), fixed_player(logits_of)), (spread(weights, sizes), ())
+    reward = play_trial(key, world, players, weights, memories, sizes, config)[0].reward[:, 0, 0]  # (K, M)
+    return dict(zip(world.strategies, reward.reshape(len(reward), -1, repeats).mean((0, 2)), strict=True))
 
 
 def cross_play(key, first, second, config: Config) -> Outcome:

@@ -59,6 +59,16 @@ def late_value(folders: list[Path], x: str, y: str, point: float) -> np.ndarray:
     return np.array([np.interp(where, *pair).mean() for pair in curve(folders, x, y)])
 
 
+def pooled(sets: list[dict]) -> dict[str, list[Path]]:
+    """The runs of several sets of seeds: name -> a folder for each set."""
+    return {name: [each[name] for each in sets] for name in sets[0]}
+
+
+def last(folders: list[Path], column: str) -> np.ndarray:
+    """The last value of a metric, for each seed."""
+    return np.array([y[-1] for _, y in curve(folders, "update", column)])
+
+
 # --- statistics
 
 
@@ -125,3 +135,15 @@ def claims_table(claims: list[dict]) -> str:
     for c in claims:
         lines.append(f"| {c['claim']} | {c['paper']} | {c['here']} | {c['check']} | {c['holds']} | {', '.join(c['each_set'])} |")
     return "\n".join(lines)
+
+
+# --- figures
+
+
+def draw_band(axes, x, values, label: str) -> None:
+    """The mean over seeds of values (seeds, x), and a band of one standard error."""
+    mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
+    (line,) = axes.plot(x, mean, label=label)
+    axes.fill_between(x, mean - error, mean + error, color=line.get_color(), alpha=0.15)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)

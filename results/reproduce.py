@@ -21,11 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import mix_me  # noqa: E402
+import shaper  # noqa: E402
 import ued  # noqa: E402
 from measure import claims_table  # noqa: E402
 
 # each has train(seed, num_seeds, out) -> runs, claims([runs, ...]), report([runs, ...], out) -> table, figures
-METHODS = {"ued": ued, "mix_me": mix_me}
+METHODS = {"ued": ued, "mix_me": mix_me, "shaper": shaper}
 
 
 def with_verdicts(make_claims, sets: list) -> list[dict]:
