@@ -19,7 +19,7 @@ Differs from the paper (its own value in brackets, from the authors' code; the `
  3. A shaper's action noise is new in every generation, and common to its population; a learner's minibatches are the same steps in
     all groups of a generation (noise repeated in every generation; minibatches drawn for each).
  4. --repair pairs the populations of several shapers anew in each generation (always member p with member p, as here by default).
- 5. Left out: LOLA among N players, which the authors' code marks as unverified.
+ 5. LOLA among N players is in algos/lola.py.
 """
 
 from collections.abc import Callable
@@ -244,8 +244,8 @@ def learner_net(params, memory, obs):
         x = memory = gru(params["gru"], memory, x)
     elif "first" in params:
         x = jnp.tanh(affine(params["second"], jnp.tanh(affine(params["first"], x))))
-    out = linear(params["heads"], x)
-    return out[..., :-1, :], out[..., -1, :], memory
+    logits, value = linear(params["heads"][:2], x), linear(params["heads"][2:], x)
+    return logits, value[..., 0, :], memory
 
 
 def make_learner(config: Config) -> Player:
