@@ -10,7 +10,8 @@ Run:     python algos/shaper_nplayer.py                    (snowdrift, 3 players
 
 Paper:   --preset paper (one shaper), paper_several (two)
 
-Expect:  not measured yet (the paper: one shaper earns more than the learners, and all together more than learners alone)
+Expect:  snowdrift, 4 seeds: over a whole trial the shaper earns 2.87 ± 0.01 of 3, the learners 1.91 ± 0.01 each, where learners
+         alone earn 2.23 (mean, standard deviation); 190 CPU-seconds with compilation, two cores
 
 Differs from the paper (its own value in brackets, from the authors' code; the `cpu` preset also changes the numbers in CPU below):
  1. The evolution's means are evaluated (the best member of a generation, chosen by its noisy fitness).

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, curve, draw_band, last, pooled, spread, summary, trained
+from measure import ROOT, above, draw_band, last, pooled, spread, summary, trained
 
 sys.path[:0] = [str(ROOT)]
 FLAGS = "--preset cpu --eval-every 60 --save-every 60"
