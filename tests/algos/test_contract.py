@@ -25,12 +25,14 @@ SMALL |= dict(robot="hopper", batch_size=8, episode_length=10, num_cells=16, cvt
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper", {"method": "mfos", "trainer": "ppo"})]
+VARIANTS += [("shaper_nplayer", {"num_shapers": 2, "repair": True})]
 VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
 VARIANTS += [("paired", {"score": "population_regret", "num_students": 3}), ("paired", {"score": "neg_return", "num_students": 1})]
 VARIANTS += [("mix_me", {"emitter": "cma_me"})]
 SHOWN = {
     "shaper": ("eval_shaper", None),
     "lola": ("eval_welfare", None),
+    "shaper_nplayer": ("eval_shapers", None),
     "mix_me": ("qd_score", "elites"),
 }  # the score and the film of evaluations
 
@@ -124,11 +126,11 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.parametrize("name", ["accel", "paired", "shaper", "mix_me"])
+@pytest.mark.parametrize("name", ["accel", "paired", "shaper", "shaper_nplayer", "mix_me"])
 def test_devices_agree(name):
     """One seed split over two devices, two seeds on two devices, and `jit(vmap(train_fn))` all give the same numbers."""
     # rounding turns an action now and then, and learners that learn from it make a trial chaotic: a short one shows what is split
-    changes = dict(num_steps=4, num_episodes=2) if name == "shaper" else {}
+    changes = dict(num_steps=4, num_episodes=2) if name.startswith("shaper") else {}
     config, train = make(name, num_seeds=2, **changes)
     expected, _ = jax.jit(jax.vmap(train_fn(train)))(jax.vmap(jax.random.key)(jnp.arange(2)))
     for num_seeds, shape in ((2, (2, 1)), (1, (1, 2))):
