@@ -162,7 +162,8 @@ def world_jaxmarl(kind: str) -> dict:
     import jax
     import jaxmarl
 
-    env = jaxmarl.make(WORLDS[kind], num_inner_steps=WORLD_STEPS, num_outer_steps=1)
+    view = {"egocentric": True} if kind == "coin_game" else {}
+    env = jaxmarl.make(WORLDS[kind], num_inner_steps=WORLD_STEPS, num_outer_steps=1, **view)
 
     def reset(key):
         return env.reset(key)[1]
