@@ -172,7 +172,7 @@ def world_jaxmarl(kind: str) -> dict:
         key_act, key_step = jax.random.split(key)
         draws = jax.random.randint(key_act, (2,), 0, 5)
         obs, state, reward, *_ = env.step(key_step, state, dict(zip(env.agents, draws, strict=True)))
-        return state, (sum(reward.values()), obs)
+        return state, (sum(jax.tree.leaves(reward)), obs)
 
     return play_worlds(reset, step)
 
