@@ -4,7 +4,7 @@ results/bench/shaper.json.
 Run:  python tests/bench/shaper.py                                       (ours alone)
       git clone https://github.com/ucl-dark/pax; python3.11 -m venv old; old/bin/pip install jax==0.4.20 jaxlib==0.4.20 \\
           dm-haiku==0.0.11 distrax==0.1.5 tensorflow-probability==0.23 optax==0.1.7 chex==0.1.85 evosax==0.1.5 gymnax==0.0.6 \\
-          flax==0.7.5 orbax-checkpoint==0.4.8 ml_dtypes==0.3.2 "numpy<2" "scipy<1.13" hydra-core
+          flax==0.7.5 "orbax-checkpoint<0.5" "ml_dtypes<0.4" "numpy<2" "scipy<1.13" "setuptools<80" hydra-core tqdm
       python -m venv peer; peer/bin/pip install jaxmarl
       python tests/bench/shaper.py --pax pax --pax-python old/bin/python --jaxmarl-python peer/bin/python
 
