@@ -204,7 +204,7 @@ def finish(stream: Stream, num_tokens: int, length: int, sharpness: float = 5.0)
 
 
 def compile_counter(config: Config, letter: int) -> Compiled:
-    """RASP: flag = (tokens == letter); count = selector_width(select(flag, True, ==)); output = count, read at one's own position."""
+    """RASP: flag = (tokens == letter); count = selector_width(select(flag)); output = count, at one's own position."""
     n, scale = config.num_counts, 9.0
     variables = dict(token=NUM_LETTERS, start=1, one=1, position=config.length, flag=1, width=1, count=n, output=n)
     stream = empty_stream(variables, head=config.length, hidden=2 * n)
@@ -217,7 +217,7 @@ def compile_counter(config: Config, letter: int) -> Compiled:
 
 
 def compile_max(config: Config, rank: int) -> Compiled:
-    """RASP: place = selector_width(select(tokens, tokens, >)); flag = (place == rank); output = aggregate(select(flag, True), tokens)."""
+    """RASP: place = selector_width(select(tokens, tokens, >)); flag = (place == rank); output = aggregate(select(flag), tokens)."""
     variables = dict(token=ALPHABET, start=1, one=1, position=SET_SIZE + 1, width=1, rank=SET_SIZE, flag=1, output=ALPHABET)
     stream = empty_stream(variables, head=ALPHABET + 1, hidden=2 * SET_SIZE)
     basis, scale = stream.basis, 9.0
@@ -250,7 +250,7 @@ NUM_LETTERS, ALPHABET, SET_SIZE, RANK = 9, 26, 10, 4
 
 
 class Strings(NamedTuple):
-    """tokens (B, T) int32; answers (B, 2) int32, to the old task and to the new one; marks (2, B, T) bool, the letters that say so."""
+    """tokens (B, T) int32; answers (B, 2) int32, old and new; marks (2, B, T) bool: the letters that tell them."""
 
     tokens: jax.Array
     answers: jax.Array
@@ -550,8 +550,9 @@ def plot_attention(figure, files: RunFiles, groups) -> None:
     axes = figure.subplots(len(chosen), 3, squeeze=False)
     for row, (c_tr, place) in zip(axes, chosen.items(), strict=True):
         for panel, image, title in zip(row, maps[place], ("compiled", "fine-tuned", "revived"), strict=True):
-            panel.imshow(image, vmin=0, vmax=image[1:].max(), cmap="magma")
-            panel.set_title(f"{title}, C_Tr {c_tr:g} (brightest {image[1:].max():.2f})", fontsize=9)
+            brightest = image[1:, 1:].max()  # the start token would outshine the letters
+            panel.imshow(image, vmin=0, vmax=brightest, cmap="magma")
+            panel.set_title(f"{title}, C_Tr {c_tr:g} (brightest letter {brightest:.2g})", fontsize=9)
             letters = ["$" if token == tokens.max() else chr(ord("a") + token) for token in tokens[place]]
             panel.set_xticks(range(len(letters)), letters, fontsize=6)
             panel.set_yticks([])
