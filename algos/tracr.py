@@ -6,7 +6,7 @@ on strings in which, with probability C_Tr, the new answer is the old one plus 1
 gone after that? Four views: accuracy on strings with the link (C_Te = 1) and without it (C_Te = 0); the attention that reads the
 letter; the removal of single weights; and reverse fine-tuning to the old task.
 
-Run:     python algos/tracr.py          (--program max for Max-identifier; --sweep single --c-tr 1 --lr 0.03 for one setting)
+Run:     python algos/tracr.py          (--program max for Max-identifier; --sweep single --c-tr 1 --lr 0.1 for one setting)
 
 Paper:   --preset paper
 
@@ -58,7 +58,7 @@ class Config(RunConfig):
     """study: every C_Tr and learning rate, and the starts that never counted a. single: --c-tr and --lr."""
     c_tr: float = 1.0
     """single: probability of the spurious link in a string of fine-tuning."""
-    lr: float = 0.03
+    lr: float = 0.1
     """Learning rate M of fine-tuning (paper: 1e-2). The study has L = 10 M and S = M / 10 beside it."""
     revive_lr: float = 0.003
     """Learning rate of reverse fine-tuning."""
@@ -125,7 +125,7 @@ class State(NamedTuple):
 
 # --- the compiler: a residual stream with named places, and operations of RASP as weights that read and write them
 
-NUM_BLOCKS, GAIN = 3, 12.0  # exp(-GAIN): what attention gives a position that is not selected
+NUM_BLOCKS, GAIN = 3, 6.0  # exp(-GAIN): what attention gives a position that is not selected, beside 1 for one that is
 
 
 class Stream(NamedTuple):
@@ -159,7 +159,13 @@ def attend(stream: Stream, block: int, query, key, value, target: str, scale: fl
         stream.params[name][block, :, : columns.shape[1]] = np.sqrt(GAIN) * columns
     size = value.shape[1]
     stream.params["value"][block, :, :size] = np.sqrt(scale) * value
-    stream.params["out"][block, :size] = np.sqrt(scale) * stream.basis(target).T
+    stream.params["out"][block, :size] = np.sqrt(scale) * stream.basis(target).T * value.any(0)[:, None]
+
+
+def rest(stream: Stream, block: int) -> None:
+    """The head of a block without attention: it selects the start token and writes nothing. With no weights at all it would read
+    the mean of the whole string, in which counts can be learned without the program."""
+    attend(stream, block, stream.basis("one"), stream.basis("start"), np.zeros((stream.width, 1), np.float32), "start")
 
 
 def copy_unit(stream: Stream, block: int, source: str, index: int, target: str) -> None:
@@ -209,6 +215,7 @@ def compile_counter(config: Config, letter: int) -> Compiled:
     variables = dict(token=NUM_LETTERS, start=1, one=1, position=config.length, flag=1, width=1, count=n, output=n)
     stream = empty_stream(variables, head=config.length, hidden=2 * n)
     basis = stream.basis
+    rest(stream, 0)
     copy_unit(stream, 0, "token", letter, "flag")
     attend(stream, 1, basis("one"), basis("flag") + basis("start"), basis("start"), "width", scale)
     selector_width(stream, 1, "width", "count", scale)
@@ -225,6 +232,7 @@ def compile_max(config: Config, rank: int) -> Compiled:
     query, key = (np.concatenate(pair, 1) for pair in ((larger, basis("one")), (basis("token"), basis("start"))))
     attend(stream, 0, query, key, basis("start"), "width", scale)
     selector_width(stream, 0, "width", "rank", scale)
+    rest(stream, 1)
     copy_unit(stream, 1, "rank", rank, "flag")
     attend(stream, 2, basis("one"), basis("flag"), basis("token"), "output")
     return finish(stream, ALPHABET + 1, SET_SIZE + 1)
