@@ -34,7 +34,7 @@ def values(folders, start: str, c_tr: float, rate: str, column: str, when: str =
     found = []
     for folder in folders:
         config = summary(folder)["config"]
-        lr = {"L": 10, "M": 1, "S": 0.1}[rate] * config["lr"] if start == "compiled" else 0.0
+        lr = config["lr"] * config["lr_ratio"] ** {"L": 1, "M": 0, "S": -1}[rate] if start == "compiled" else 0.0
         with (folder / "metrics.csv").open() as file:
             rows = [row for row in csv.DictReader(file) if row["start"] == start and row["a_ce0"]]
         rows = [row for row in rows if np.allclose((float(row["c_tr"]), float(row["lr"])), (c_tr, lr), rtol=1e-4, atol=1e-9)]
@@ -72,6 +72,7 @@ def after_finetuning(folders) -> list[tuple]:
     gain = np.median(of("pruned_a") - of("a_ce0"))
     control = np.median(of("pruned_a", 0.0, "L") - of("a_ce0", 0.0, "L"))
     both = np.median(of("attention_a") / np.maximum(of("attention_b"), 1e-6))
+    beside = np.median(of("attention_b", 0.0) / of("uniform_b", 0.0))
     return [
         ("exact", "accuracy of the compiled program, noise included, worst seed", exact, 0.999),
         ("learned", "C_Tr 0, rate M: the new task is learned without the link (accuracy)", np.median(of("b_ce0", 0.0)), 0.9),
@@ -79,6 +80,7 @@ def after_finetuning(folders) -> list[tuple]:
         ("forgotten", "C_Tr 1, rate M: loss of accuracy on the old task", 1 - np.median(of("a_ce0")), 0.7),
         ("attention-old", "C_Tr 1, rate M: attention to the old letter over that to the new one", both, 5.0),
         ("attention-new", "C_Tr 0, rate M: attention to the new letter", np.median(of("attention_b", 0.0)), 0.2),
+        ("attention-uniform", "C_Tr 0, rate M: that over a uniform head's attention to it", beside, 1.5),
         ("prune", "C_Tr 1, rate M: gain on the old task by removing one weight", gain, 0.3),
         ("control", "that gain less twice the gain at C_Tr 0, rate L", gain - 2 * control, 0.0),
     ]
