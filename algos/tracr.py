@@ -446,7 +446,8 @@ def evaluate(config: Config, task: Task, state: State) -> dict:
     maps = jnp.stack([forward(params, model, example.tokens)[1][task.reads, 0] for params in stages])
     return {
         "a_ce0": a_ce0, "a_ce1": a_ce1, "b_ce0": b_ce0, "b_ce1": b_ce1, "majority_a": answers[0], "majority_b": answers[1],
-        "attention_a": mass[0], "attention_b": mass[1], "uniform_b": apart.marks[1].mean(), **pruning(config, model, task.sample, keys[2], state.finetuned, apart),
+        "attention_a": mass[0], "attention_b": mass[1], "uniform_b": apart.marks[1].mean(),
+        **pruning(config, model, task.sample, keys[2], state.finetuned, apart),
         "revival_steps": jnp.where(state.revived > 0, state.revived.astype(jnp.float32), jnp.nan),
         "maps": maps, "map_tokens": example.tokens[0],
     }  # fmt: skip
