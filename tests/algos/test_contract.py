@@ -22,6 +22,7 @@ SMALL |= dict(teacher_hidden=8, teacher_filters=2, search_every=2, search_batche
 SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an episode must end for its level to enter the buffer
 SMALL |= dict(population_size=4, num_opponents=2, rl_minibatches=2, num_episodes=2, eval_learners=2)  # the trials of the shapers
 SMALL |= dict(robot="hopper", batch_size=8, episode_length=10, num_cells=16, cvt_samples=64, num_emitters=2)
+SMALL |= dict(sweep="single", eval_strings=8, candidates=2)  # the study of tracr as one setting
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper", {"method": "mfos", "trainer": "ppo"})]
@@ -34,6 +35,7 @@ SHOWN = {
     "lola": ("eval_welfare", None),
     "shaper_nplayer": ("eval_shapers", None),
     "mix_me": ("qd_score", "elites"),
+    "tracr": ("a_ce0", None),
 }  # the score and the film of evaluations
 
 

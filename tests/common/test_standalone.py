@@ -21,6 +21,7 @@ METHODS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
 RUN = dict(num_seeds=2, num_updates=2, log_every=2, eval_every=2, save_every=2)
 SMALL = dict(num_envs=4, num_steps=16, hidden=4, eval_episodes=1, num_epochs=1, num_minibatches=1, buffer_size=16)
 SMALL |= dict(robot="hopper", batch_size=4, episode_length=4, num_cells=16, cvt_samples=64, population_size=4, num_episodes=2)
+SMALL |= dict(sweep="single", eval_strings=8, candidates=2)
 QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 AS_IN_TEST_COMMAND = (  # of tests/algos: compiled once for both
     "--num-seeds 2 --num-updates 8 --log-every 2 --eval-every 4 --save-every 4 --num-envs 4 --num-steps 256 --hidden 8 "
