@@ -1,4 +1,4 @@
-"""Opponent shaping's claims (Shaper, 2312.12568), measured again in matrix games and gridworlds. Run by reproduce.py."""
+"""Opponent shaping's claims (Shaper, 2312.12568), measured again in matrix games and the coin game. Run by reproduce.py."""
 
 import json
 from functools import partial
@@ -9,7 +9,6 @@ from measure import ROOT, above, curve, draw_band, equal, last, over, pooled, sp
 
 SHAPER = "--preset cpu"
 COIN = "--preset coin_game --num-episodes 50 --num-updates 80 --eval-every 40 --save-every 40"
-GRID = "--preset in_the_matrix --num-updates 40 --eval-every 20 --save-every 20"
 RUNS = {  # name -> algorithm file, flags
     "Shaper": ("shaper", SHAPER),
     "Good Shepherd": ("shaper", f"{SHAPER} --method gs"),
@@ -22,7 +21,6 @@ RUNS = {  # name -> algorithm file, flags
     "naive policy gradients": ("lola", "--num-lola 0"),
     "coin game, Shaper": ("shaper", COIN),
     "coin game, Good Shepherd": ("shaper", f"{COIN} --method gs"),
-    "in the matrix, Shaper": ("shaper", GRID),
 }
 IPD = ("Shaper", "Good Shepherd", "M-FOS", "Shaper, memory reset", "Shaper, average", "M-FOS, average")
 
@@ -109,15 +107,16 @@ def others(of) -> list[dict]:
 
 
 def gridworlds(of, runs) -> list[dict]:
-    """The coin game, where the paper says that no memory is needed, and a short training in the matrix."""
+    """The coin game, where the paper says that no memory is needed."""
     shaper, shepherd = of["coin game, Shaper"]("eval_shaper"), of["coin game, Good Shepherd"]("eval_shaper")
     naive = of["coin game, Shaper"]("naive_1")
     words = "coin game: Shaper earns more a step than naive learners among themselves"
     made = [above("coin-shapes", words, "shapes", shaper, naive)]
     words = "coin game: Good Shepherd, without a memory, earns at least 0.8 times what Shaper does"
     made.append(above("coin-memoryless", words, "2312.12568, abstract: inadequate for shaping over time", shepherd, 0.8 * shaper))
-    early, late = rise(runs["in the matrix, Shaper"], "shaper_reward")
-    return [*made, above("grid-rises", "in the matrix: Shaper's reward rises in a short training", "learns", late, early)]
+    words = "coin game: Shaper's reward rises through its training"
+    early, late = rise(runs["coin game, Shaper"], "shaper_reward")
+    return [*made, above("coin-rises", words, "learns", late, early)]
 
 
 def rise(folders, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -150,12 +149,9 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
     plot_generations(runs, out / "generations.png")
     plot_trials(runs, out / "trials.png")
     plot_visits(runs, out / "visits.png")
-    for name in ("coin game", "in the matrix"):
-        film = next((runs[f"{name}, Shaper"][0] / "videos").glob("*.gif"))
-        (out / f"{name.replace(' ', '_')}.gif").write_bytes(film.read_bytes())
-    return "\n".join([*how(runs), "", *table(runs)]), [
-        "generations.png", "trials.png", "visits.png", "coin_game.gif", "in_the_matrix.gif",
-    ]  # fmt: skip
+    film = runs["coin game, Shaper"][0] / "videos" / "film.gif"
+    (out / "coin_game.gif").write_bytes(film.read_bytes())
+    return "\n".join([*how(runs), "", *table(runs)]), ["generations.png", "trials.png", "visits.png", "coin_game.gif"]
 
 
 def how(runs) -> list[str]:
@@ -178,12 +174,12 @@ def table(runs) -> list[str]:
     """A row for each run of evolution, then the rewards of the gradient baselines."""
     names = ["method", "generations", "reward", "learner's", "last tenth", "learner's", "half blind", "stopped", "train time a set"]
     rows = [f"| {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) - 1)]
-    for name in [*IPD, "matching pennies, Shaper", "coin game, Shaper", "coin game, Good Shepherd", "in the matrix, Shaper"]:
+    for name in [*IPD, "matching pennies, Shaper", "coin game, Shaper", "coin game, Good Shepherd"]:
         folders = runs[name]
         minutes = np.mean([summary(folder)["train_s"] for folder in folders]) / 60
         cells = [name, str(summary(folders[0])["config"]["num_updates"])]
         for column in ("eval_shaper", "eval_learner", "eval_shaper_last", "eval_learner_last", "blind_shaper", "hardstop_shaper"):
-            there = column != "blind_shaper" or name.split(",")[0] not in ("coin game", "in the matrix")
+            there = column != "blind_shaper" or not name.startswith("coin game")
             cells.append(spread(last(folders, column)) if there else "")
         rows.append(f"| {' | '.join([*cells, f'{minutes:.1f} min'])} |")
     baselines = "; ".join(f"{name}: {spread(last(runs[name], 'eval_welfare'))}" for name in ("LOLA", "naive policy gradients"))
@@ -193,7 +189,6 @@ def table(runs) -> list[str]:
 def plot_generations(runs, path: Path) -> None:
     """The population's mean reward through the generations."""
     panels = {"prisoner's dilemma": IPD, "coin game": ("coin game, Shaper", "coin game, Good Shepherd")}
-    panels["in the matrix"] = ("in the matrix, Shaper",)
     figure, axes = new_figure(len(panels))
     for ax, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
