@@ -9,7 +9,8 @@ Run:     python algos/mix_me.py         (--variant naive for the same without cr
 
 Paper:   --preset paper
 
-Expect:  not measured yet; results/mix_me.py holds the claims to be
+Expect:  the cheetah after 25,600 evaluations, 8 seeds: QD score 207,000 ± 7,000, 78 % of the cells filled (naive, which changes one
+         agent of a child: 124,000 ± 6,000, 50 %); 1.4 minutes for 4 seeds on two cores. See results/mix_me/
 
 The archive of a run is in arrays/ (genotype, fitness, descriptor, centroids; leading axes: seed, cell); `play(config, teams)` plays
 teams (B, policies, parameters) of it again.
