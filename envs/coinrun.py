@@ -1,0 +1,441 @@
+"""CoinRun: the platform game of Procgen (1912.01588), which Genie's case study (2402.15391, appendix F) learns from pixels.
+
+obs      image (64, 64, 3) uint8: 13 x 13 tiles around the agent, which is always in the middle
+actions  0 to 8: (horizontal + 1) * 3 + (vertical + 1), so 1 left, 4 nothing, 5 jump, 7 right, 8 right and jump; 9 to 14 do nothing
+reward   10 for the coin, else 0
+ends     coin taken, or touched a saw, an enemy or lava (terminated); 1,000 steps (truncated)
+
+Level seed k is the real game's level k, and the dynamics are the real game's, number for number. Distances are in tiles, velocities in
+tiles a step; x grows to the right and y upwards, from the outer corner of the lowest, leftmost of 64 x 64 tiles. The agent's box is 1
+wide and 2 * AGENT_RY high. Pictures are our own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.env import Environment
+
+SIZE = 64  # tiles a side
+COIN, SAW, ENEMY, WALL, WALL_TOP, LAVA, LAVA_TOP, BARRIER, CRATE, SPACE = 1, 2, 5, 15, 16, 17, 18, 19, 20, 100  # the game's codes
+AGENT_RY = np.float32(0.5787)
+GRAVITY, JUMP, SPEED, MIX = np.float32(0.2), np.float32(1.5), np.float32(0.5), np.float32(0.2)
+AIR_MIX = np.float32(MIX * np.float32(0.15))
+SECTIONS, HAZARDS, PILE, DRAWS = 5, 7, 3, 136  # the most that a level has of each; hazards in a section; random numbers drawn
+TRAIL = 8  # steps
+
+
+class Map(NamedTuple):
+    """A level as the real game stores it. Unused places have kind 0 (hazards) or look -1 (crates)."""
+
+    grid: jax.Array  # (64, 64) int8 [y, x]
+    hazard_kind: jax.Array  # (H,) int32: SAW, ENEMY or 0
+    hazard_cell: jax.Array  # (H, 2) int32 x, y
+    hazard_speed: jax.Array  # (H,) float32: an enemy's first velocity
+    hazard_look: jax.Array  # (H,) int32 in [0, 9)
+    crate_cell: jax.Array  # (C, 2) int32 x, y
+    crate_look: jax.Array  # (C,) int32 in [0, 4), or -1
+    themes: jax.Array  # (3,) int32: background in [0, 62), agent in [0, 5), ground in [0, 6)
+
+
+# --- the level generator
+
+
+def mt19937(seed, num: int) -> jax.Array:
+    """The first `num` <= 227 outputs of the Mersenne Twister for a seed: (num,) uint32."""
+
+    def follow(x, i):
+        x = np.uint32(1812433253) * (x ^ (x >> 30)) + i
+        return x, x
+
+    first = jnp.asarray(seed).astype(jnp.uint32)
+    _, rest = jax.lax.scan(follow, first, np.arange(1, 398 + num, dtype=np.uint32), unroll=16)
+    state = jnp.concatenate([first[None], rest])
+    low = state[1 : num + 1]
+    mixed = (state[:num] & np.uint32(0x80000000)) | (low & np.uint32(0x7FFFFFFF))
+    x = state[397 : 397 + num] ^ (mixed >> 1) ^ jnp.where(low & 1, np.uint32(0x9908B0DF), np.uint32(0))
+    x = x ^ (x >> 11)
+    x = x ^ ((x << 7) & np.uint32(0x9D2C5680))
+    x = x ^ ((x << 15) & np.uint32(0xEFC60000))
+    return x ^ (x >> 18)
+
+
+class Dice:
+    """Draws from a stream in turn; a draw that is not `used` takes nothing from it."""
+
+    def __init__(self, stream, place):
+        self.stream, self.place = stream, place
+
+    def __call__(self, sides, used=True) -> jax.Array:
+        """A number in [0, sides)."""
+        x = self.stream[self.place]
+        self.place = self.place + jnp.int32(used)
+        return (x % jnp.maximum(jnp.asarray(sides), 1).astype(jnp.uint32)).astype(jnp.int32)
+
+
+def make_map(seed, hard: bool = True) -> Map:
+    """The real game's level of a seed (int32 or uint32)."""
+    stream = mt19937(seed, DRAWS)
+    dice = Dice(stream, jnp.int32(1))  # the first one shifts the background
+    background = dice(62)
+    dice.place += 2
+    agent, ground = (dice(5), dice(6)) if hard else (jnp.int32(0), jnp.int32(0))
+    themes = jnp.stack([background if hard else jnp.int32(0), agent, ground])
+    dif = dice(3) + 1
+    num = dice(dif) + dif
+    danger = dice(3)
+    y, x = np.indices((SIZE, SIZE), dtype=np.int32)
+    border = (x == 0) | (x == SIZE - 1) | (y == SIZE - 1)
+    grid = jnp.where(border, WALL, jnp.where(y == 0, WALL_TOP, SPACE))
+
+    def build(carry, i):
+        place, grid, x, y = carry
+        dice = Dice(stream, place)
+        going_on = (i < num) & (x + 15 < SIZE)
+        after, *things = section(dice, grid, x, y, dif, danger, hard)
+        kept = jax.tree.map(lambda new, old: jnp.where(going_on, new, old), (dice.place, *after), carry)
+        return kept, [jnp.where(going_on, thing, 0) for thing in things]
+
+    start = (dice.place, grid, jnp.int32(5), jnp.int32(1))
+    (_, grid, cx, cy), things = jax.lax.scan(build, start, np.arange(SECTIONS))
+    column = (x == cx) & (y < cy)
+    grid = jnp.where(column, jnp.where(y == cy - 1, WALL_TOP, WALL), jnp.where((x == cx) & (y == cy), COIN, grid))
+    grid = jnp.where(x > cx, WALL, grid)
+    kind, cell, speed, look, crate_cell, crate_look = (t.reshape(-1, *t.shape[2:]) for t in things)
+    return Map(grid.astype(jnp.int8), kind, cell, speed, look, crate_cell, crate_look - 1, themes)
+
+
+def section(dice: Dice, grid, x, y, dif, danger, hard: bool):
+    """One stretch of ground or pit, from column x on.
+
+    -> (grid, x, y) after it; hazards' kind, cell, speed, look (HAZARDS, ...); crates' cell, look + 1 (2 PILE, ...).
+    """
+    dy = jnp.minimum(dice(4) + 1 + dif // 3, 5)
+    coin_toss = dice(2, used=(y >= 5) & (y < 20))
+    dy = jnp.where((y >= 20) | ((y >= 5) & (coin_toss == 1)), -dy, dy)
+    dx = dice(2 * dif) + 3 + dif // 3
+    y = jnp.maximum(y + dy, 1)
+    deep = (dx > 7) & (y > 3)
+    pit = (dice(20, used=deep) >= dif) & deep
+
+    x1, x2 = dice(3, pit) + 1, dice(3, pit) + 1
+    width = dx - x1 - x2
+    lava = jnp.where(danger == 0, dice(y - 3, pit) + 1, 0)
+    of_pit = [hazard(dice, pit & (i < width) & (danger > 0), danger == 2, x + x1 + i, 1) for i in range(HAZARDS)]
+    bridge = pit & (width > 4)
+    left = dice(2, bridge) + jnp.where(width == 5, 1, 2)
+    last = dice(2, bridge)
+    length = jnp.where(width == 7, width - left - (last + 2), last + 1)
+
+    flat = ~pit
+    saw = flat & (dice(10, flat) < 2 * dif) & (dx > 3)
+    saw_x = jnp.where(saw, x + 1 + dice(dx - 2, saw), -1)
+    enemy = flat & (dice(10, flat) < dif) & (dx > 3) & hard
+    enemy_x = jnp.where(enemy, x + 1 + dice(dx - 2, enemy), -1)
+    none = jnp.bool_(False)
+    of_flat = [hazard(dice, saw, none, saw_x, y), hazard(dice, enemy, enemy, enemy_x, y)]
+    of_flat += [jax.tree.map(jnp.zeros_like, of_flat[0])] * (HAZARDS - 2)
+    hazards = [jax.tree.map(lambda a, b: jnp.where(pit, a, b), *pair) for pair in zip(of_pit, of_flat, strict=True)]
+    crates = [crate for _ in range(2) for crate in pile(dice, flat, x, y, dx, saw_x, enemy_x)]
+
+    row, column = np.indices((SIZE, SIZE), dtype=np.int32)
+    inner = pit & (column >= x + x1) & (column < x + x1 + width)
+    ground = (column >= x) & (column < x + dx) & ~inner & (row < y)
+    bridged = bridge & (row == y - 1) & (column >= x + x1 + left) & (column < x + x1 + left + length)
+    grid = jnp.where(ground, jnp.where(row == y - 1, WALL_TOP, WALL), grid)
+    grid = jnp.where(inner & (row >= 1) & (row <= lava), jnp.where(row == lava, LAVA_TOP, LAVA), grid)
+    grid = jnp.where(bridged, WALL_TOP, grid)
+    before = (column == x - 1) & (row == y) & (grid != WALL) & (grid != WALL_TOP)
+    grid = jnp.where(before | ((column == x + dx) & (row == y)), BARRIER, grid)
+    stack = lambda rows: [jnp.stack(leaves) for leaves in zip(*rows, strict=True)]
+    return (grid, x + dx, y), *stack(hazards), *stack(crates)
+
+
+def hazard(dice: Dice, there, walks, x, y):
+    """A saw, or an enemy if it `walks`: kind, cell, speed, look; all 0 unless `there`."""
+    walks = there & walks
+    speed = jnp.where(walks, np.float32(0.15) * (2 * dice(2, walks) - 1), 0)
+    look = jnp.where(walks, dice(9, walks), 0)
+    cell = jnp.where(there, jnp.stack([x, jnp.broadcast_to(y, jnp.shape(x))]), 0)
+    return jnp.where(there, jnp.where(walks, ENEMY, SAW), 0), cell, speed, look
+
+
+def pile(dice: Dice, flat, x, y, dx, saw_x, enemy_x):
+    """A pile of crates, perhaps: the cell and look + 1 of each of PILE."""
+    column = x + 1 + dice(dx - 2, flat)
+    there = flat & (dice(2, flat) == 1) & (column != saw_x) & (column != enemy_x)
+    height = dice(3, there) + 1
+    crates = []
+    for i in range(PILE):
+        used = there & (i < height)
+        crates.append((jnp.where(used, jnp.stack([column, y + i]), 0), jnp.where(used, dice(4, used) + 1, 0)))
+    return crates
+
+
+# --- levels as the simulator holds them
+
+
+class Level(NamedTuple):
+    """What a level needs in play, packed: bit y of `columns[x, k]` is set where tile (x, y) is of the kind KINDS[k].
+
+    Rows above 31 look like row 31: the agent can get no higher than row 35, and what is up there is walls of full height.
+    """
+
+    columns: jax.Array  # (64, 5) uint32
+    tiles: jax.Array  # (32, 8) uint32: what is drawn, 4 bits a tile, tile x in word x // 8
+    enemy_x: jax.Array  # (E,) float32: where enemies start
+    enemy_v: jax.Array  # (E,) float32: their first velocity, 0 where there is none
+    enemy_row: jax.Array  # (E,) int32
+    enemy_ends: jax.Array  # (2, E) int32: the tiles to the left and right where they turn
+    enemy_slows: jax.Array  # (2, E) bool: whether turning there costs speed
+    enemy_look: jax.Array  # (E,) int32
+    themes: jax.Array  # (3,) int32
+
+
+WALLS, CRATES, DEADLY, SAWS, COINS = range(5)  # of Level.columns; DEADLY is lava
+T_WALL, T_TOP, T_LAVA, T_LAVA_TOP, T_COIN, T_SAW, T_CRATE = range(1, 8)  # of Level.tiles; 0 is nothing; crates have 4 looks
+
+
+def pack(map: Map) -> Level:
+    """Any map whose walls, lava and things lie below row 31, or are walls up to the ceiling."""
+    grid = map.grid.astype(jnp.int32)
+    y, x = np.indices((SIZE, SIZE), dtype=np.int32)
+    at = lambda cell, used: ((cell[:, 0, None, None] == x) & (cell[:, 1, None, None] == y) & used[:, None, None]).any(0)
+    saws = at(map.hazard_cell, map.hazard_kind == SAW)
+    looks = [at(map.crate_cell, map.crate_look == look) for look in range(4)]
+    wall = (grid == WALL) | (grid == WALL_TOP)
+    lava = (grid == LAVA) | (grid == LAVA_TOP)
+    layers = jnp.stack([wall, sum(looks) > 0, lava, saws, grid == COIN], -1)[:32]  # (32, 64, 5)
+    columns = (layers.astype(jnp.uint32) << np.arange(32, dtype=np.uint32)[:, None, None]).sum(0, dtype=jnp.uint32)
+    tiles = jnp.where(saws, T_SAW, jnp.select([grid == k for k in (WALL, WALL_TOP, LAVA, LAVA_TOP, COIN)], range(1, 6), 0))
+    for look, there in enumerate(looks):
+        tiles = jnp.where(there, T_CRATE + look, tiles)
+    nibbles = tiles[:32].reshape(32, 8, 8).astype(jnp.uint32) << (4 * np.arange(8, dtype=np.uint32))
+    walks = map.hazard_kind == ENEMY
+    column, row = map.hazard_cell[:, 0], map.hazard_cell[:, 1]
+    along = grid[row]  # (E, 64)
+    turns = (along == WALL) | (along == WALL_TOP) | (along == BARRIER)
+    left = jnp.where(turns & (x[0] < column[:, None]), x[0], -1).max(1)
+    right = jnp.where(turns & (x[0] > column[:, None]), x[0], SIZE).min(1)
+    slows = jnp.stack([((x[0] == end[:, None]) & (along == WALL)).any(1) for end in (left, right)])
+    return Level(
+        columns,
+        nibbles.sum(-1, dtype=jnp.uint32),
+        jnp.where(walks, column + np.float32(0.5), 0),
+        jnp.where(walks, map.hazard_speed, 0),
+        row,
+        jnp.stack([left, right]),
+        slows,
+        map.hazard_look,
+        map.themes,
+    )
+
+
+class EnvParams(NamedTuple):
+    levels: Level  # (R, ...): what can be played
+    max_steps_in_episode: int | jax.Array = 1000
+
+
+class EnvState(NamedTuple):
+    level: jax.Array  # () int32: which of params.levels
+    x: jax.Array  # () float32: the agent's centre
+    y: jax.Array
+    vx: jax.Array
+    vy: jax.Array
+    on_crate: jax.Array  # () bool
+    look: jax.Array  # () int32: 0 stands, 1 walks, 2 walks (other foot); + 3 to the left
+    enemy_x: jax.Array  # (E,) float32
+    enemy_v: jax.Array  # (E,) float32
+    trail: jax.Array  # (TRAIL, E) float32: where enemies were, the latest first
+    time: jax.Array  # () int32
+
+
+# --- dynamics
+
+
+def step_agent(view, x, y, vx, vy, on_crate, move):
+    """One step of the agent.
+
+    view (3, 5) uint32: the columns floor(x) - 1 .. floor(x) + 1 of the level; move () int32 in [0, 9).
+    -> x, y, vx, vy, on_crate, supported (before the step)
+    """
+    base = jnp.floor(x).astype(jnp.int32) - 1
+    last_y = y
+    cmd_x, cmd_y = move // 3 - 1, move % 3 - 1
+
+    def column(kind, cell):
+        return jnp.where(cell == base, view[0, kind], jnp.where(cell == base + 1, view[1, kind], view[2, kind]))
+
+    def bit(word, row):
+        return (word >> jnp.clip(row, 0, 31).astype(jnp.uint32)) & 1
+
+    def cell(v):
+        return jnp.floor(v).astype(jnp.int32)
+
+    under = column(WALLS, cell(x - np.float32(0.49))) | column(WALLS, cell(x + np.float32(0.49)))
+    support = (on_crate | (bit(under, cell(y - np.float32(0.5887))) > 0)) & (vy == 0)
+    cmd_y = jnp.where((cmd_y == 1) & ~support, 0, cmd_y)
+    mix = jnp.where(support, MIX, AIR_MIX)
+    vx = (1 - mix) * vx + mix * SPEED * cmd_x.astype(jnp.float32)
+    vx = jnp.where(jnp.abs(vx) < mix * SPEED, 0, vx)
+    jumps = cmd_y > 0
+    vy = jnp.where(jumps, JUMP, jnp.clip(vy + jnp.where(support, GRAVITY * cmd_y, 0) - GRAVITY, -JUMP, JUMP))
+
+    num = jnp.maximum((4 * jnp.sqrt(vx * vx + vy * vy)).astype(jnp.int32), 4)
+    part = 1 / num.astype(jnp.float32)
+    x_first = jnp.where(cmd_y != 0, False, (cmd_x != 0) | (jnp.abs(vx) > jnp.abs(vy)))
+    top_crate = cell(last_y - np.float32(1.5787 - 0.01))  # the highest whose top the agent may have been above
+    top_crate = top_crate - (last_y < (top_crate + 1).astype(jnp.float32) + AGENT_RY)
+
+    def move_by(x, y, vy, dx, dy):
+        """-> x, y, blocked, landed on a crate."""
+        horizontal = dx != 0
+        nx, ny = x + dx, y + dy
+        rx, ry = np.float32(0.49), AGENT_RY * np.float32(0.98)
+        word = column(WALLS, cell(nx - rx)) | column(WALLS, cell(nx + rx))
+        block = (bit(word, cell(ny - ry)) | bit(word, cell(ny + ry))) > 0
+        half = np.float32(0.5)
+        snap_x = jnp.where(dx > 0, jnp.floor(nx + half) - half, jnp.ceil(nx - half) + half)
+        snap_y = jnp.where(dy > 0, jnp.floor(ny + AGENT_RY) - AGENT_RY, jnp.ceil(ny - AGENT_RY) + AGENT_RY)
+        nx = jnp.where(block & horizontal, snap_x, nx)
+        ny = jnp.where(block & ~horizontal, snap_y, ny)
+        left = cell(nx - half)
+        off = nx - (left.astype(jnp.float32) + half)
+        near = jnp.float32(0.999)
+        word = jnp.where(off < near, column(CRATES, left), 0) | jnp.where(1 - off < near, column(CRATES, left + 1), 0)
+        landed = jnp.bool_(False)
+        falls = ~horizontal & (vy < 0) & (cmd_y >= 0)
+        for row in (top_crate, top_crate - 1):
+            middle = row.astype(jnp.float32) + half
+            hit = falls & ~landed & (row >= 0) & (bit(word, row) > 0) & (jnp.abs(ny - middle) < AGENT_RY + half - np.float32(0.001))
+            ny = jnp.where(hit, middle + (half + AGENT_RY), ny)
+            landed = landed | hit
+        return nx, ny, block | landed, landed
+
+    def substep(i, carry):
+        x, y, vx, vy, free_x, free_y, on_crate, going = carry
+        zero = jnp.float32(0)
+        first_blocked = second_blocked = None
+        going = going & (i < num)
+        x1, y1, first_blocked, landed = move_by(x, y, vy, jnp.where(x_first, vx * part, zero), jnp.where(x_first, zero, vy * part))
+        vy1 = jnp.where(landed, 0, vy)
+        x2, y2, second_blocked, landed2 = move_by(
+            x1, y1, vy1, jnp.where(x_first, zero, vx * part), jnp.where(x_first, vy1 * part, zero)
+        )
+        vy2 = jnp.where(landed2, 0, vy1)
+        block_x = jnp.where(x_first, first_blocked, second_blocked)
+        block_y = jnp.where(x_first, second_blocked, first_blocked)
+        keep = lambda new, old: jnp.where(going, new, old)
+        return (
+            keep(x2, x), keep(y2, y), vx, keep(vy2, vy),
+            free_x + (going & ~block_x), free_y + (going & ~block_y),
+            on_crate | (going & (landed | landed2)), going & ~(block_x & block_y),
+        )  # fmt: skip
+
+    start = (x, y, vx, vy, jnp.int32(0), jnp.int32(0), jnp.bool_(False), jnp.bool_(True))
+    x, y, vx, vy, free_x, free_y, on_crate, _ = jax.lax.fori_loop(0, 6, substep, start)
+    share = lambda free: free.astype(jnp.float32) / num.astype(jnp.float32)
+    return x, y, vx * share(free_x), vy * share(free_y), on_crate, support
+
+
+def step_enemies(x, v, ends, slows):
+    """One step of the enemies (E,): four quarter steps, mirrored where a turning tile begins."""
+    free = jnp.zeros_like(v)
+    half, corner = np.float32(0.5), np.float32(0.49)
+    left, right = (ends[0] + 1).astype(jnp.float32), ends[1].astype(jnp.float32)
+    for _ in range(4):
+        new = x + v * np.float32(0.25)
+        at_left, at_right = new - corner < left, new + corner >= right
+        new = new + 2 * jnp.where(at_left, left - (new - half), jnp.where(at_right, right - (new + half), 0))
+        x = new
+        free = free + ~((at_left & slows[0]) | (at_right & slows[1]))
+        v = jnp.where(at_left | at_right, -v, v)
+    return x, v * (free * np.float32(0.25))
+
+
+class CoinRun(Environment):
+    """The levels of seeds start_level .. start_level + num_levels - 1, as in Procgen."""
+
+    def __init__(self, hard: bool = True, start_level: int = 0, num_levels: int = 200):
+        self.hard, self.start_level, self.num_levels = hard, start_level, num_levels
+
+    @property
+    def default_params(self) -> EnvParams:
+        return EnvParams(self.levels(np.arange(self.start_level, self.start_level + self.num_levels)))
+
+    @property
+    def num_actions(self) -> int:
+        return 15
+
+    def levels(self, seeds) -> Level:
+        """The levels of seeds (R,) int, one after the other in memory."""
+        return jax.jit(lambda seeds: jax.lax.map(lambda seed: pack(make_map(seed, self.hard)), seeds, batch_size=64))(
+            jnp.asarray(np.asarray(seeds, np.uint32))
+        )
+
+    def reset_env(self, key, params: EnvParams):
+        """A level drawn from params.levels -> obs, state."""
+        level = jax.random.randint(key, (), 0, params.levels.themes.shape[0])
+        state = self.reset_to_level(level, params)
+        return self.get_obs(state, params), state
+
+    def reset_to_level(self, level, params: EnvParams) -> EnvState:
+        """The first state of params.levels[level]."""
+        zero, x = jnp.float32(0), params.levels.enemy_x[level]
+        trail = jnp.full((TRAIL, *x.shape), -100.0)
+        return EnvState(
+            jnp.int32(level), jnp.float32(1.5), 1 + jnp.float32(AGENT_RY), zero, zero, jnp.bool_(False), jnp.int32(1),
+            x, params.levels.enemy_v[level], trail, jnp.int32(0),
+        )  # fmt: skip
+
+    def step_env(self, key, state: EnvState, action, params: EnvParams):
+        """-> obs, state, reward, terminated, info."""
+        levels, level = params.levels, state.level
+        move = jnp.where(action < 9, action, 4)
+        enemy_x, enemy_v = step_enemies(state.enemy_x, state.enemy_v, levels.enemy_ends[level], levels.enemy_slows[level])
+        base = jnp.clip(jnp.floor(state.x).astype(jnp.int32) - 1, 0, SIZE - 3)
+        view = jnp.stack([levels.columns[level, base + i] for i in range(3)])
+        x, y, vx, vy, on_crate, support = step_agent(view, state.x, state.y, state.vx, state.vy, state.on_crate, move)
+        time = state.time + 1
+        cmd_x = move // 3 - 1
+        stands = (jnp.abs(vx) < np.float32(0.01)) & (cmd_x == 0) & support
+        look = jnp.where(stands, 0, jnp.where((time // 5 % 2 == 0) | ~support, 1, 2))
+        to_left = jnp.where(cmd_x == 0, state.look >= 3, cmd_x < 0)
+        alive = levels.enemy_v[level] != 0
+        met = alive & (jnp.abs(enemy_x - x) < 1) & (jnp.abs(levels.enemy_row[level] + np.float32(0.5) - y) < AGENT_RY + np.float32(0.5))
+        touched = touching(levels.columns, level, x, y)
+        died = met.any() | touched[DEADLY] | touched[SAWS]
+        trail = jnp.concatenate([state.enemy_x[None], state.trail[:-1]])
+        state = EnvState(level, x, y, vx, vy, on_crate, look + 3 * to_left, enemy_x, enemy_v, trail, time)
+        reward = jnp.where(touched[COINS], jnp.float32(10), 0)
+        return self.get_obs(state, params), state, reward, died | touched[COINS], {}
+
+    def get_obs(self, state: EnvState, params: EnvParams, key=None) -> jax.Array:
+        """The picture."""
+        return self.render(state, params)
+
+    def render(self, state: EnvState, params: EnvParams) -> jax.Array:
+        """(64, 64, 3) uint8."""
+        return jnp.zeros((64, 64, 3), jnp.uint8)
+
+
+def touching(columns, level, x, y):
+    """(5,) bool: which kinds of tile the agent's box touches. Saws are things with a box of their own, others fill their tile."""
+    cell = lambda v: jnp.floor(v).astype(jnp.int32)
+    eps = np.float32(0.001)
+    left, right = cell(x - (np.float32(0.5) - eps)), cell(x + (np.float32(0.5) - eps))
+    low, high = cell(y - (AGENT_RY - eps)), cell(y + (AGENT_RY - eps))
+    words = columns[level, left] | columns[level, right]
+    rows = (jnp.uint32(2) << jnp.minimum(high, 31).astype(jnp.uint32)) - (jnp.uint32(1) << jnp.clip(low, 0, 31).astype(jnp.uint32))
+    touched = (words & rows) > 0
+    first = cell(x - np.float32(0.5))
+    off = x - np.float32(0.5) - first.astype(jnp.float32)
+    words = columns[level, first, SAWS] | jnp.where(off > 0, columns[level, first + 1, SAWS], 0)
+    row = cell(y - np.float32(0.5))
+    saw = jnp.bool_(False)
+    for r in (row - 1, row, row + 1, row + 2):
+        near = jnp.abs(r.astype(jnp.float32) + np.float32(0.5) - y) < AGENT_RY + np.float32(0.5)
+        saw = saw | (near & (r >= 0) & (((words >> jnp.clip(r, 0, 31).astype(jnp.uint32)) & 1) > 0))
+    return jnp.where(np.arange(5) == SAWS, saw, touched)
