@@ -22,6 +22,7 @@ SIZE = 64  # tiles a side
 COIN, SAW, ENEMY, WALL, WALL_TOP, LAVA, LAVA_TOP, BARRIER, CRATE, SPACE = 1, 2, 5, 15, 16, 17, 18, 19, 20, 100  # the game's codes
 AGENT_RY = np.float32(0.5787)
 GRAVITY, JUMP, SPEED, MIX = np.float32(0.2), np.float32(1.5), np.float32(0.5), np.float32(0.2)
+CORNER = np.float32(0.49)  # of a box's half width: where it is tested against walls
 AIR_MIX = np.float32(MIX * np.float32(0.15))
 SECTIONS, HAZARDS, PILE, DRAWS = 5, 7, 3, 136  # the most that a level has of each; hazards in a section; random numbers drawn
 TRAIL = 8  # steps
@@ -190,6 +191,7 @@ class Level(NamedTuple):
     enemy_row: jax.Array  # (E,) int32
     enemy_ends: jax.Array  # (2, E) int32: the tiles to the left and right where they turn
     enemy_slows: jax.Array  # (2, E) bool: whether turning there costs speed
+    enemy_crates: jax.Array  # (2, 2, E) bool: whether a crate lies one or two tiles inside the left and right end
     enemy_look: jax.Array  # (E,) int32
     themes: jax.Array  # (3,) int32
 
@@ -219,6 +221,9 @@ def pack(map: Map) -> Level:
     turns = (along == WALL) | (along == WALL_TOP) | (along == BARRIER)
     left = jnp.where(turns & (x[0] < column[:, None]), x[0], -1).max(1)
     right = jnp.where(turns & (x[0] > column[:, None]), x[0], SIZE).min(1)
+    crates = jnp.concatenate([sum(looks)[row] > 0, jnp.zeros((len(row), 4), bool)], 1)  # (E, 68)
+    beside = lambda at: jnp.take_along_axis(crates, at[:, None], 1)[:, 0]
+    inside = jnp.stack([jnp.stack([beside(left + i), beside(right - i)]) for i in (1, 2)])
     slows = jnp.stack([((x[0] == end[:, None]) & (along == WALL)).any(1) for end in (left, right)])
     return Level(
         columns,
@@ -228,6 +233,7 @@ def pack(map: Map) -> Level:
         row,
         jnp.stack([left, right]),
         slows,
+        inside,
         map.hazard_look,
         map.themes,
     )
@@ -255,34 +261,45 @@ class EnvState(NamedTuple):
 # --- dynamics
 
 
-def step_agent(view, x, y, vx, vy, on_crate, move):
-    """One step of the agent.
+def cell(v) -> jax.Array:
+    """The tile that a coordinate lies in."""
+    return jnp.floor(v).astype(jnp.int32)
 
-    view (3, 5) uint32: the columns floor(x) - 1 .. floor(x) + 1 of the level; move () int32 in [0, 9).
-    -> x, y, vx, vy, on_crate, supported (before the step)
+
+def bit(word, row) -> jax.Array:
+    """Bit `row` of a column, 0 or 1; row 31 stands for all above."""
+    return (word >> jnp.clip(row, 0, 31).astype(jnp.uint32)) & 1
+
+
+def pick(view, kind, x, column) -> jax.Array:
+    """Column `column` of one kind from the three around an agent that was at x, view (3, 5)."""
+    offset = column - cell(x)
+    return jnp.where(offset < 0, view[0, kind], jnp.where(offset == 0, view[1, kind], view[2, kind]))
+
+
+def accelerate(view, x, y, vx, vy, on_crate, move):
+    """What the agent's keys do: move () int32 in [0, 9) -> vx, vy, the command left/right and down/up, supported.
+
+    It can jump, and steers five times as fast, when it is supported.
     """
-    base = jnp.floor(x).astype(jnp.int32) - 1
-    last_y = y
     cmd_x, cmd_y = move // 3 - 1, move % 3 - 1
-
-    def column(kind, cell):
-        return jnp.where(cell == base, view[0, kind], jnp.where(cell == base + 1, view[1, kind], view[2, kind]))
-
-    def bit(word, row):
-        return (word >> jnp.clip(row, 0, 31).astype(jnp.uint32)) & 1
-
-    def cell(v):
-        return jnp.floor(v).astype(jnp.int32)
-
-    under = column(WALLS, cell(x - np.float32(0.49))) | column(WALLS, cell(x + np.float32(0.49)))
+    under = pick(view, WALLS, x, cell(x - CORNER)) | pick(view, WALLS, x, cell(x + CORNER))
     support = (on_crate | (bit(under, cell(y - np.float32(0.5887))) > 0)) & (vy == 0)
-    cmd_y = jnp.where((cmd_y == 1) & ~support, 0, cmd_y)
+    cmd_y = jnp.where(support, cmd_y, jnp.minimum(cmd_y, 0))
     mix = jnp.where(support, MIX, AIR_MIX)
     vx = (1 - mix) * vx + mix * SPEED * cmd_x.astype(jnp.float32)
     vx = jnp.where(jnp.abs(vx) < mix * SPEED, 0, vx)
-    jumps = cmd_y > 0
-    vy = jnp.where(jumps, JUMP, jnp.clip(vy + jnp.where(support, GRAVITY * cmd_y, 0) - GRAVITY, -JUMP, JUMP))
+    fallen = jnp.clip(vy + jnp.where(support, GRAVITY * cmd_y, 0) - GRAVITY, -JUMP, JUMP)
+    return vx, jnp.where(cmd_y > 0, JUMP, fallen), cmd_x, cmd_y, support
 
+
+def move_agent(view, x, y, vx, vy, cmd_x, cmd_y):
+    """Moves the agent in 4 to 6 parts of a step, each first along one axis and then along the other.
+
+    view (3, 5) uint32: the columns floor(x) - 1 .. floor(x) + 1 of the level. -> x, y, vx, vy, whether it stands on a crate.
+    """
+    start_x, last_y = x, y
+    column = lambda kind, c: pick(view, kind, start_x, c)
     num = jnp.maximum((4 * jnp.sqrt(vx * vx + vy * vy)).astype(jnp.int32), 4)
     part = 1 / num.astype(jnp.float32)
     x_first = jnp.where(cmd_y != 0, False, (cmd_x != 0) | (jnp.abs(vx) > jnp.abs(vy)))
@@ -293,10 +310,9 @@ def step_agent(view, x, y, vx, vy, on_crate, move):
         """-> x, y, blocked, landed on a crate."""
         horizontal = dx != 0
         nx, ny = x + dx, y + dy
-        rx, ry = np.float32(0.49), AGENT_RY * np.float32(0.98)
-        word = column(WALLS, cell(nx - rx)) | column(WALLS, cell(nx + rx))
+        ry, half = AGENT_RY * np.float32(0.98), np.float32(0.5)
+        word = column(WALLS, cell(nx - CORNER)) | column(WALLS, cell(nx + CORNER))
         block = (bit(word, cell(ny - ry)) | bit(word, cell(ny + ry))) > 0
-        half = np.float32(0.5)
         snap_x = jnp.where(dx > 0, jnp.floor(nx + half) - half, jnp.ceil(nx - half) + half)
         snap_y = jnp.where(dy > 0, jnp.floor(ny + AGENT_RY) - AGENT_RY, jnp.ceil(ny - AGENT_RY) + AGENT_RY)
         nx = jnp.where(block & horizontal, snap_x, nx)
@@ -317,7 +333,6 @@ def step_agent(view, x, y, vx, vy, on_crate, move):
     def substep(i, carry):
         x, y, vx, vy, free_x, free_y, on_crate, going = carry
         zero = jnp.float32(0)
-        first_blocked = second_blocked = None
         going = going & (i < num)
         x1, y1, first_blocked, landed = move_by(x, y, vy, jnp.where(x_first, vx * part, zero), jnp.where(x_first, zero, vy * part))
         vy1 = jnp.where(landed, 0, vy)
@@ -337,21 +352,29 @@ def step_agent(view, x, y, vx, vy, on_crate, move):
     start = (x, y, vx, vy, jnp.int32(0), jnp.int32(0), jnp.bool_(False), jnp.bool_(True))
     x, y, vx, vy, free_x, free_y, on_crate, _ = jax.lax.fori_loop(0, 6, substep, start)
     share = lambda free: free.astype(jnp.float32) / num.astype(jnp.float32)
-    return x, y, vx * share(free_x), vy * share(free_y), on_crate, support
+    return x, y, vx * share(free_x), vy * share(free_y), on_crate
 
 
-def step_enemies(x, v, ends, slows):
-    """One step of the enemies (E,): four quarter steps, mirrored where a turning tile begins."""
-    free = jnp.zeros_like(v)
-    half, corner = np.float32(0.5), np.float32(0.49)
+def step_enemies(x, v, ends, slows, stops):
+    """One step of the enemies (E,): four quarter steps, mirrored where a turning tile begins.
+
+    slows (2, E) bool: where a turn at the left and right end costs a quarter of the speed. stops (2, 2, E) bool: where it ends the
+    step too, and what was not walked is lost from the speed; stops[1] only when the turn is not exactly at the end.
+    """
+    free, going = jnp.zeros_like(v), jnp.ones_like(v, bool)
+    half = np.float32(0.5)
     left, right = (ends[0] + 1).astype(jnp.float32), ends[1].astype(jnp.float32)
     for _ in range(4):
         new = x + v * np.float32(0.25)
-        at_left, at_right = new - corner < left, new + corner >= right
+        at_left, at_right = new - CORNER < left, new + CORNER >= right
         new = new + 2 * jnp.where(at_left, left - (new - half), jnp.where(at_right, right - (new + half), 0))
-        x = new
-        free = free + ~((at_left & slows[0]) | (at_right & slows[1]))
-        v = jnp.where(at_left | at_right, -v, v)
+        slowed = (at_left & slows[0]) | (at_right & slows[1])
+        apart = jnp.where(at_left, new - left, right - new) - half > np.float32(0.001)
+        over = jnp.where(at_left, stops[0, 0] | (stops[1, 0] & apart), stops[0, 1] | (stops[1, 1] & apart))
+        x = jnp.where(going, new, x)
+        v = jnp.where((at_left | at_right) & going, -v, v)
+        free = free + (going & ~slowed)
+        going = going & ~(slowed & over)
     return x, v * (free * np.float32(0.25))
 
 
@@ -394,17 +417,24 @@ class CoinRun(Environment):
         """-> obs, state, reward, terminated, info."""
         levels, level = params.levels, state.level
         move = jnp.where(action < 9, action, 4)
-        enemy_x, enemy_v = step_enemies(state.enemy_x, state.enemy_v, levels.enemy_ends[level], levels.enemy_slows[level])
-        base = jnp.clip(jnp.floor(state.x).astype(jnp.int32) - 1, 0, SIZE - 3)
-        view = jnp.stack([levels.columns[level, base + i] for i in range(3)])
-        x, y, vx, vy, on_crate, support = step_agent(view, state.x, state.y, state.vx, state.vy, state.on_crate, move)
+        view = jnp.stack([levels.columns[level, jnp.clip(cell(state.x) + i, 0, SIZE - 1)] for i in (-1, 0, 1)])
+        vx, vy, cmd_x, cmd_y, support = accelerate(view, state.x, state.y, state.vx, state.vy, state.on_crate, move)
+        # The game takes an enemy in a crate for the agent on it, when the agent falls from above the crate.
+        above = (vy < 0) & (cmd_y >= 0) & (state.y >= (levels.enemy_row[level] + 1).astype(jnp.float32) + AGENT_RY)
+        stops = levels.enemy_crates[level] & above
+        ends, slows = levels.enemy_ends[level], levels.enemy_slows[level]
+        enemy_x, enemy_v = step_enemies(state.enemy_x, state.enemy_v, ends, slows, stops)
+        x, y, vx, vy, on_crate = move_agent(view, state.x, state.y, vx, vy, cmd_x, cmd_y)
         time = state.time + 1
-        cmd_x = move // 3 - 1
         stands = (jnp.abs(vx) < np.float32(0.01)) & (cmd_x == 0) & support
         look = jnp.where(stands, 0, jnp.where((time // 5 % 2 == 0) | ~support, 1, 2))
         to_left = jnp.where(cmd_x == 0, state.look >= 3, cmd_x < 0)
         alive = levels.enemy_v[level] != 0
-        met = alive & (jnp.abs(enemy_x - x) < 1) & (jnp.abs(levels.enemy_row[level] + np.float32(0.5) - y) < AGENT_RY + np.float32(0.5))
+        met = (
+            alive
+            & (jnp.abs(enemy_x - x) < 1)
+            & (jnp.abs(levels.enemy_row[level] + np.float32(0.5) - y) < AGENT_RY + np.float32(0.5))
+        )
         touched = touching(levels.columns, level, x, y)
         died = met.any() | touched[DEADLY] | touched[SAWS]
         trail = jnp.concatenate([state.enemy_x[None], state.trail[:-1]])
@@ -423,7 +453,6 @@ class CoinRun(Environment):
 
 def touching(columns, level, x, y):
     """(5,) bool: which kinds of tile the agent's box touches. Saws are things with a box of their own, others fill their tile."""
-    cell = lambda v: jnp.floor(v).astype(jnp.int32)
     eps = np.float32(0.001)
     left, right = cell(x - (np.float32(0.5) - eps)), cell(x + (np.float32(0.5) - eps))
     low, high = cell(y - (AGENT_RY - eps)), cell(y + (AGENT_RY - eps))
@@ -437,5 +466,5 @@ def touching(columns, level, x, y):
     saw = jnp.bool_(False)
     for r in (row - 1, row, row + 1, row + 2):
         near = jnp.abs(r.astype(jnp.float32) + np.float32(0.5) - y) < AGENT_RY + np.float32(0.5)
-        saw = saw | (near & (r >= 0) & (((words >> jnp.clip(r, 0, 31).astype(jnp.uint32)) & 1) > 0))
+        saw = saw | (near & (r >= 0) & (bit(words, r) > 0))
     return jnp.where(np.arange(5) == SAWS, saw, touched)
