@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.config import require
 from common.env import Environment
 
 SIZE = 64  # tiles a side
@@ -198,6 +199,7 @@ class Level(NamedTuple):
 
 WALLS, CRATES, DEADLY, SAWS, COINS = range(5)  # of Level.columns; DEADLY is lava
 T_WALL, T_TOP, T_LAVA, T_LAVA_TOP, T_COIN, T_SAW, T_CRATE = range(1, 8)  # of Level.tiles; 0 is nothing; crates have 4 looks
+T_SAW2, T_DECOR = 11, 12  # a saw at odd times; 12 to 15 are things in the sky
 
 
 def pack(map: Map) -> Level:
@@ -214,6 +216,9 @@ def pack(map: Map) -> Level:
     tiles = jnp.where(saws, T_SAW, jnp.select([grid == k for k in (WALL, WALL_TOP, LAVA, LAVA_TOP, COIN)], range(1, 6), 0))
     for look, there in enumerate(looks):
         tiles = jnp.where(there, T_CRATE + look, tiles)
+    sky = (y * np.int32(0x9E37) + x * np.int32(0x79B9) + map.themes[0] * 0x3C6F) * np.int32(0x5BD1)
+    decor = jnp.where(((sky >> 8) % 11 == 0) & (y < 31), T_DECOR + (sky >> 16) % 4, 0)
+    tiles = jnp.where(tiles == 0, decor, tiles)
     nibbles = tiles[:32].reshape(32, 8, 8).astype(jnp.uint32) << (4 * np.arange(8, dtype=np.uint32))
     walks = map.hazard_kind == ENEMY
     column, row = map.hazard_cell[:, 0], map.hazard_cell[:, 1]
@@ -381,8 +386,11 @@ def step_enemies(x, v, ends, slows, stops):
 class CoinRun(Environment):
     """The levels of seeds start_level .. start_level + num_levels - 1, as in Procgen."""
 
-    def __init__(self, hard: bool = True, start_level: int = 0, num_levels: int = 200):
+    def __init__(self, hard=True, start_level=0, num_levels=200, monochrome=False, paint_velocity=False):
+        require(num_levels >= 1, f"num_levels {num_levels}: must be at least 1")
+        require(0 <= start_level < 2**31 - num_levels, f"start_level {start_level}: level seeds lie in [0, 2^31)")
         self.hard, self.start_level, self.num_levels = hard, start_level, num_levels
+        self.monochrome, self.paint_velocity = monochrome, paint_velocity
 
     @property
     def default_params(self) -> EnvParams:
@@ -447,8 +455,11 @@ class CoinRun(Environment):
         return self.render(state, params)
 
     def render(self, state: EnvState, params: EnvParams) -> jax.Array:
-        """(64, 64, 3) uint8."""
-        return jnp.zeros((64, 64, 3), jnp.uint8)
+        """The picture of a state: (64, 64, 3) uint8."""
+        image = monochrome(state, params.levels) if self.monochrome else picture(state, params.levels)
+        if self.paint_velocity:
+            image = paint_velocity(image, state.vx, state.vy)
+        return to_bytes(image)
 
 
 def touching(columns, level, x, y):
@@ -468,3 +479,122 @@ def touching(columns, level, x, y):
         near = jnp.abs(r.astype(jnp.float32) + np.float32(0.5) - y) < AGENT_RY + np.float32(0.5)
         saw = saw | (near & (r >= 0) & (bit(words, r) > 0))
     return jnp.where(np.arange(5) == SAWS, saw, touched)
+
+
+# --- pictures: (64, 64) uint32, red + 256 green + 65536 blue, until the end
+
+
+PIXELS = 64
+PER_TILE = np.float32(PIXELS / 13)  # pixels a tile
+GAP = np.float32(0.02)  # by how much the game draws tiles too large, in tiles
+
+
+def rgb(red, green, blue) -> np.uint32:
+    return np.uint32(red + 256 * green + 65536 * blue)
+
+
+def pixel_centres(state: EnvState):
+    """World coordinates of the pixels' columns and rows, (64,) each. The agent is in the middle."""
+    offset = (np.arange(PIXELS, dtype=np.float32) + np.float32(0.5)) / PER_TILE - np.float32(6.5)
+    return state.x + offset, state.y - offset
+
+
+def tile_at(levels: Level, level, x, y) -> jax.Array:
+    """What is drawn in tiles (x, y), whatever their shape; outside of the world is wall."""
+    word = levels.tiles[level, jnp.clip(y, 0, 31), jnp.clip(x, 0, SIZE - 1) // 8]
+    code = (word >> (4 * (x & 7)).astype(jnp.uint32)) & 15
+    return jnp.where((y < 0) | (x < 0) | (x >= SIZE), T_WALL, code.astype(jnp.int32))
+
+
+def run_mask(first, last) -> jax.Array:
+    """Pixels first .. last - 1 of a row as bits of two words: (...,) int32 -> (2, ...) uint32."""
+    below = lambda n: jnp.where(n >= 32, np.uint32(0xFFFFFFFF), (np.uint32(1) << jnp.clip(n, 0, 31).astype(jnp.uint32)) - 1)
+    return jnp.stack([below(last - 32 * i) & ~below(first - 32 * i) for i in (0, 1)])
+
+
+def to_pixels(state: EnvState, x0, x1, y0, y1):
+    """The pixels whose centres lie in a box of the world: first and last + 1 column, first and last + 1 row."""
+    round_up = lambda v: jnp.floor(v + np.float32(0.5)).astype(jnp.int32)
+    across = lambda x: round_up((x - state.x + np.float32(6.5)) * PER_TILE)
+    down = lambda y: round_up((state.y - y + np.float32(6.5)) * PER_TILE)
+    return across(x0), across(x1), down(y1), down(y0)
+
+
+def union(masks, top, bottom) -> jax.Array:
+    """Which pixels lie in any of E boxes: masks (2, E), rows top .. bottom - 1 (E,) -> (64, 64) bool."""
+    rows = np.arange(PIXELS, dtype=np.int32)[:, None]
+    words = jnp.where((rows >= top) & (rows < bottom), masks[:, None], np.uint32(0))  # (2, 64, E)
+    words = jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_or, (2,))
+    return expand(words)
+
+
+def expand(words) -> jax.Array:
+    """Rows of 64 bits, (2, 64) uint32, as a (64, 64) bool image."""
+    columns = np.arange(PIXELS, dtype=np.int32)
+    word = jnp.where(columns < 32, words[0][:, None], words[1][:, None])
+    return ((word >> (columns % 32).astype(np.uint32)) & 1) > 0
+
+
+def trails(state: EnvState, row) -> jax.Array:
+    """The pixels of the puffs that enemies leave, which grow, rise, and go after TRAIL steps: (64, 64) bool."""
+    age = np.arange(TRAIL + 1, dtype=np.float32)[:, None]
+    growth = np.float32(1.05) ** age
+    x = jnp.concatenate([state.enemy_x[None], state.trail])  # (TRAIL + 1, E)
+    y = row + np.float32(0.5) - np.float32(0.25) + np.float32(0.01) * age
+    rx, ry = np.float32(0.3) * growth, np.float32(0.2) * growth
+    left, right, top, bottom = to_pixels(state, x - rx, x + rx, y - ry, y + ry)
+    age = jnp.broadcast_to(age.astype(np.int32), x.shape)
+    there = (age < state.time) & (state.enemy_v != 0)
+    masks = jnp.where(there, run_mask(left, right), np.uint32(0))
+    return union(masks.reshape(2, -1), top.reshape(-1), bottom.reshape(-1))
+
+
+def game_colour(kind: int) -> np.uint32:
+    """The colour of a kind of thing in the game's monochrome mode."""
+    c = 29 * (kind + 1) % 64
+    return rgb(64 * (c // 16 + 1) - 1, 64 * (c // 4 % 4 + 1) - 1, 64 * (c % 4 + 1) - 1)
+
+
+CODE_KINDS = [None, WALL, WALL_TOP, LAVA, LAVA_TOP, COIN, SAW, CRATE, CRATE, CRATE, CRATE, SAW + 1, None, None, None, None]
+FLAT = np.array([0 if kind is None else game_colour(kind) for kind in CODE_KINDS], np.uint32)
+
+
+def monochrome(state: EnvState, levels: Level) -> jax.Array:
+    """The game's `use_monochrome_assets` with `restrict_themes` and no backgrounds, pixel for pixel."""
+    level, (x, y) = state.level, pixel_centres(state)
+    x, y = x[None], y[:, None]
+    at = lambda x, y: tile_at(levels, level, cell(x), cell(y))
+    ground = jnp.zeros((PIXELS, PIXELS), jnp.int32)
+    for dx, dy in ((-1, -1), (-1, 1), (1, -1), (1, 1)):  # drawn column by column, upwards
+        code = at(x + dx * GAP, y + dy * GAP)
+        ground = jnp.where((code > 0) & (code < T_SAW), code, ground)
+    thing = at(x, y)
+    thing = jnp.where((thing == T_SAW) & (state.time % 2 == 1), T_SAW2, thing)
+    image = jnp.asarray(FLAT)[jnp.where((thing >= T_SAW) & (thing <= T_SAW2), thing, ground)]
+    row = levels.enemy_row[level].astype(jnp.float32)
+    image = jnp.where(trails(state, row), game_colour(59), image)
+    look, agent = state.look % 3, [game_colour(kind) for kind in (0, 12, 13)]
+    image = image.at[29:35, 30:34].set(jnp.where(look == 0, agent[0], jnp.where(look == 1, agent[1], agent[2])))
+    half = np.float32(0.5)
+    left, right, top, bottom = to_pixels(state, state.enemy_x - half, state.enemy_x + half, row, row + 1)
+    enemies = union(jnp.where(levels.enemy_v[level] != 0, run_mask(left, right), np.uint32(0)), top, bottom)
+    return jnp.where(enemies, jnp.where(state.time // 5 % 2 == 0, game_colour(6), game_colour(7)), image)
+
+
+def paint_velocity(image, vx, vy) -> jax.Array:
+    """The game's `paint_vel_info`: two grey squares for the agent's velocity, left/right and down/up."""
+    for i, v in enumerate((vx / SPEED, vy / JUMP)):
+        shade = jnp.clip((np.float32(0.5) * v + np.float32(0.5)) * 255, 0, 255).astype(jnp.uint32)
+        image = image.at[:13, 13 * i : 13 * (i + 1)].set(shade * rgb(1, 1, 1))
+    return image
+
+
+def to_bytes(image) -> jax.Array:
+    """(64, 64) uint32 colours -> (64, 64, 3) uint8, four pixels in three words at a time."""
+    p = [image[:, i::4] for i in range(4)]
+    words = jnp.stack([p[0] | p[1] << 24, p[1] >> 8 | p[2] << 16, p[2] >> 16 | p[3] << 8], -1)
+    return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(PIXELS, PIXELS, 3)
+
+
+def picture(state: EnvState, levels: Level) -> jax.Array:
+    return monochrome(state, levels)
