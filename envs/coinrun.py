@@ -596,5 +596,124 @@ def to_bytes(image) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(PIXELS, PIXELS, 3)
 
 
+# --- our own sprites: 8 x 8 texels a tile, the agent 6 x 10 pixels
+
+
+INKS = {
+    "k": (36, 34, 46), "w": (245, 245, 245), "y": (255, 205, 60), "o": (214, 150, 30), "s": (170, 178, 190), "d": (112, 120, 134),
+    "r": (232, 78, 40), "l": (255, 150, 60), "b": (176, 122, 70), "n": (128, 84, 46), "c": (226, 236, 246), "g": (120, 180, 110),
+}  # fmt: skip
+GROUNDS = [  # body, darker body, top, darker top
+    ((134, 94, 62), (112, 76, 50), (166, 120, 80), (146, 104, 68)),  # dirt
+    ((134, 94, 62), (112, 76, 50), (98, 186, 72), (76, 152, 58)),  # grass
+    ((112, 92, 138), (92, 74, 116), (196, 150, 206), (164, 122, 176)),  # planet
+    ((216, 186, 122), (194, 164, 102), (240, 216, 158), (222, 196, 136)),  # sand
+    ((150, 168, 190), (130, 148, 172), (246, 250, 255), (214, 226, 240)),  # snow
+    ((128, 130, 134), (106, 108, 114), (168, 170, 174), (146, 148, 154)),  # stone
+]
+AGENTS = [(236, 196, 150), (82, 140, 230), (92, 190, 100), (240, 130, 180), (246, 214, 82)]
+SKIES = [  # top, bottom
+    ((96, 160, 226), (190, 222, 244)), ((62, 74, 130), (150, 130, 176)), ((236, 160, 110), (250, 218, 168)), ((44, 52, 84), (86, 104, 146)),
+    ((120, 190, 190), (210, 236, 222)), ((150, 120, 170), (228, 196, 214)), ((84, 132, 120), (186, 208, 172)), ((110, 110, 120), (190, 190, 196)),
+]  # fmt: skip
+SPRITES = {  # rows from the top; "." lets the sky through; 1 2 3 4 are the ground's colours
+    T_WALL: "11111111 11211111 11111111 11111121 11111111 12111111 11111211 11111111",
+    T_TOP: "33333333 33333333 43343343 14114114 11111111 11211111 11111121 11111111",
+    T_LAVA: "rrrrrrrr rrrlrrrr rrrrrrrr rrrrrrlr rrrrrrrr rlrrrrrr rrrrrrrr rrrrlrrr",
+    T_LAVA_TOP: "........ l..ll..l llllllll rlrrlrrl rrrrrrrr rrrlrrrr rrrrrrrr rlrrrrlr",
+    T_COIN: "........ ..yyyy.. .ywwyyo. .ywyyyo. .yyyyyo. .yyyyoo. ..yooo.. ........",
+    T_SAW: "........ s..ss..s .ssssss. sssddsss .sdkkds. ssdkkdss ssssssss dddddddd",
+    T_SAW2: "........ ..s..s.. ssssssss .ssddss. ssdkkdss .sdkkds. ssssssss dddddddd",
+    T_CRATE: "nnnnnnnn nbbbbbbn nbbbbbbn nnnnnnnn nnnnnnnn nbbbbbbn nbbbbbbn nnnnnnnn",
+    T_CRATE + 1: "nnnnnnnn nnbbbbnn nbnbbnbn nbbnnbbn nbbnnbbn nbnbbnbn nnbbbbnn nnnnnnnn",
+    T_CRATE + 2: "nnnnnnnn nbbbbbbn nbbbbbbn nbbbbbbn nbbbbbbn nbbbbbbn nbbbbbbn nnnnnnnn",
+    T_CRATE + 3: "nnnnnnnn nbbrrbbn nbbrrbbn nbbrrbbn nbbrrbbn nbbbbbbn nbbrrbbn nnnnnnnn",
+    T_DECOR: "........ ........ ..ccc... .ccccc.. cccccccc cccccccc ........ ........",
+    T_DECOR + 1: "........ ...c.... ..ccc... ...c.... ........ ........ ........ ........",
+    T_DECOR + 2: "........ ........ ........ .....ccc ...ccccc ..cccccc ........ ........",
+    T_DECOR + 3: "........ ........ ........ ........ ......c. .....ccc ......c. ........",
+}  # fmt: skip
+STANDS = "..aa.. .aaaa. .awka. .aaaa. ..aa.. .bbbb. .bbbb. .bbbb. .a..a. .a..a."
+WALKS = "..aa.. .aaaa. .aawk. .aaaa. ..aa.. .bbbb. bbbbb. .bbbb. .a.aa. a....."
+WALKS2 = "..aa.. .aaaa. .aawk. .aaaa. ..aa.. .bbbb. .bbbbb .bbbb. .aaa.. ....a."
+ENEMY_BODY = np.array([0b01110, 0b11111, 0b11111, 0b11111, 0b10101], np.uint32)  # bit 0 is the leftmost pixel
+ENEMY_EYES = np.array([0b00000, 0b00010, 0b00010, 0b00000, 0b00000], np.uint32)  # looks to the left
+BODY_COLOURS = [(178, 70, 150), (70, 130, 90), (196, 84, 62)]  # of enemies and, darker, of what they leave
+
+
+def sprite(rows: str, inks: dict) -> np.ndarray:
+    """A sprite's colours, 0 where nothing is drawn."""
+    return np.array([[0 if c == "." else rgb(*inks[c]) for c in row] for row in rows.split()], np.uint32)
+
+
+def _tiles() -> np.ndarray:
+    """(6, 16, 8, 8) uint32: the colours of each ground's tiles."""
+    tiles = np.zeros((len(GROUNDS), 16, 8, 8), np.uint32)
+    for ground, colours in enumerate(GROUNDS):
+        inks = INKS | dict(zip("1234", colours, strict=True))
+        for code, rows in SPRITES.items():
+            tiles[ground, code] = sprite(rows, inks)
+    return tiles
+
+
+def _agents() -> np.ndarray:
+    """(5, 6, 10, 6) uint32: the colours of each agent in each look."""
+    looks = []
+    for colour in AGENTS:
+        inks = INKS | {"a": colour, "b": tuple(int(0.75 * v) for v in colour)}
+        right = [sprite(rows, inks) for rows in (STANDS, WALKS, WALKS2)]
+        looks.append(right + [look[:, ::-1] for look in right])
+    return np.array(looks)
+
+
+TILES, AGENT_LOOKS = _tiles(), _agents()
+
+
+def sky(levels: Level, level, y) -> jax.Array:
+    """The sky's colour in rows at heights y (64,): (64,) uint32, in 16 bands over the world's lower half."""
+    ends = jnp.asarray(np.array(SKIES, np.float32))[levels.themes[level, 0] % len(SKIES)]  # (2, 3)
+    high = jnp.floor(jnp.clip(y / 2, 0, 16)) / 16
+    channels = (ends[0] * high[:, None] + ends[1] * (1 - high[:, None])).astype(jnp.uint32)
+    return channels[:, 0] | channels[:, 1] << 8 | channels[:, 2] << 16
+
+
+def stamps(pattern, left, top) -> jax.Array:
+    """Where any of E copies of a pattern of 5 x 5 bits lies, whose upper left pixels are (left, top) (E,): (64, 64) bool."""
+    rows = np.arange(PIXELS, dtype=np.int32)[:, None] - top  # (64, E)
+    bits = jnp.zeros(rows.shape, jnp.uint32)
+    for i in range(5):
+        bits = jnp.where(rows == i, pattern[i], bits)
+    shift = lambda n: jnp.clip(n, 0, 31).astype(jnp.uint32)
+    place = lambda n: jnp.where(n >= 32, 0, jnp.where(n >= 0, bits << shift(n), jnp.where(n > -32, bits >> shift(-n), 0)))
+    words = jnp.stack([place(left), place(left - 32)])
+    return expand(jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_or, (2,)))
+
+
 def picture(state: EnvState, levels: Level) -> jax.Array:
-    return monochrome(state, levels)
+    """What a player sees."""
+    level, (x, y) = state.level, pixel_centres(state)
+    column, row = cell(x), cell(y)
+    word = jnp.clip(row, 0, 31)[:, None], column[0] // 8 + np.arange(3)  # (64, 1), (3,)
+    words = levels.tiles[level, word[0], jnp.clip(word[1], 0, 7)]
+    words = jnp.where((row[:, None] < 0) | (word[1] < 0) | (word[1] > 7), np.uint32(0x11111111 * T_WALL), words)  # (64, 3)
+    nibble = (column - 8 * word[1][0]).astype(jnp.uint32)  # (64,) in [0, 24)
+    chosen = jnp.where(nibble < 8, words[:, :1], jnp.where(nibble < 16, words[:, 1:2], words[:, 2:]))
+    code = ((chosen >> (4 * (nibble & 7))) & 15).astype(jnp.int32)
+    code = jnp.where((code == T_SAW) & (state.time % 2 == 1), T_SAW2, code)
+    u, v = ((x - column.astype(jnp.float32)) * 8).astype(jnp.int32), ((row + 1 - y) * 8).astype(jnp.int32)
+    texel = (levels.themes[level, 2] * 16 + code) * 64 + jnp.clip(v, 0, 7)[:, None] * 8 + jnp.clip(u, 0, 7)
+    image = jnp.asarray(TILES.reshape(-1)).at[texel].get(mode="promise_in_bounds")
+    image = jnp.where(image == 0, sky(levels, level, y)[:, None], image)
+
+    ground, half = levels.enemy_row[level].astype(jnp.float32), np.float32(0.5)
+    body = jnp.asarray(np.array([rgb(*c) for c in BODY_COLOURS]))[levels.themes[level, 0] % 3]
+    puff = (body >> 1) & np.uint32(0x7F7F7F)
+    image = jnp.where(trails(state, ground), puff + rgb(96, 96, 96), image)
+    there = levels.enemy_v[level] != 0
+    left, _, top, _ = to_pixels(state, state.enemy_x - half, state.enemy_x, ground, ground + 1)
+    left = jnp.where(there, left, -PIXELS)
+    image = jnp.where(stamps(jnp.broadcast_to(ENEMY_BODY[:, None], (5, len(left))), left, top), body, image)
+    eyes = jnp.where(state.enemy_v > 0, ENEMY_EYES[:, None] << 2, ENEMY_EYES[:, None])
+    image = jnp.where(stamps(eyes, left, top), rgb(*INKS["k"]), image)
+    agent = jnp.asarray(AGENT_LOOKS)[levels.themes[level, 1], state.look]
+    return image.at[25:35, 29:35].set(jnp.where(agent == 0, image[25:35, 29:35], agent))
