@@ -10,6 +10,7 @@ tiles a step; x grows to the right and y upwards, from the outer corner of the l
 wide and 2 * AGENT_RY high. Pictures are our own.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -230,7 +231,8 @@ def pack(map: Map) -> Level:
     beside = lambda at: jnp.take_along_axis(crates, at[:, None], 1)[:, 0]
     inside = jnp.stack([jnp.stack([beside(left + i), beside(right - i)]) for i in (1, 2)])
     slows = jnp.stack([((x[0] == end[:, None]) & (along == WALL)).any(1) for end in (left, right)])
-    return Level(
+    order = jnp.argsort(~walks, stable=True)  # enemies first
+    level = Level(
         columns,
         nibbles.sum(-1, dtype=jnp.uint32),
         jnp.where(walks, column + np.float32(0.5), 0),
@@ -242,6 +244,7 @@ def pack(map: Map) -> Level:
         map.hazard_look,
         map.themes,
     )
+    return level._replace(**{name: jnp.take(getattr(level, name), order, -1) for name in Level._fields if name.startswith("enemy")})
 
 
 class EnvParams(NamedTuple):
@@ -383,6 +386,11 @@ def step_enemies(x, v, ends, slows, stops):
     return x, v * (free * np.float32(0.25))
 
 
+@partial(jax.jit, static_argnums=1)
+def _make_levels(seeds, hard: bool) -> Level:
+    return jax.lax.map(lambda seed: pack(make_map(seed, hard)), seeds, batch_size=64)
+
+
 class CoinRun(Environment):
     """The levels of seeds start_level .. start_level + num_levels - 1, as in Procgen."""
 
@@ -401,10 +409,15 @@ class CoinRun(Environment):
         return 15
 
     def levels(self, seeds) -> Level:
-        """The levels of seeds (R,) int, one after the other in memory."""
-        return jax.jit(lambda seeds: jax.lax.map(lambda seed: pack(make_map(seed, self.hard)), seeds, batch_size=64))(
-            jnp.asarray(np.asarray(seeds, np.uint32))
-        )
+        """The levels of seeds (R,), numbers in [0, 2^31), with as many places for enemies as the fullest needs, in eights.
+
+        Not for use inside jit: shapes depend on the levels.
+        """
+        seeds = np.asarray(seeds, np.uint32)
+        require(seeds.ndim == 1 and len(seeds) >= 1, f"levels: seeds of shape {seeds.shape}, must be one row of them")
+        levels = _make_levels(seeds, self.hard)
+        places = 8 * max(1, -(-int((levels.enemy_v != 0).sum(1).max()) // 8))
+        return Level(*(x[..., :places] if name.startswith("enemy") else x for name, x in levels._asdict().items()))
 
     def reset_env(self, key, params: EnvParams):
         """A level drawn from params.levels -> obs, state."""
@@ -520,12 +533,14 @@ def to_pixels(state: EnvState, x0, x1, y0, y1):
     return across(x0), across(x1), down(y1), down(y0)
 
 
-def union(masks, top, bottom) -> jax.Array:
-    """Which pixels lie in any of E boxes: masks (2, E), rows top .. bottom - 1 (E,) -> (64, 64) bool."""
-    rows = np.arange(PIXELS, dtype=np.int32)[:, None]
-    words = jnp.where((rows >= top) & (rows < bottom), masks[:, None], np.uint32(0))  # (2, 64, E)
-    words = jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_or, (2,))
-    return expand(words)
+def union(masks, top) -> jax.Array:
+    """Which pixels are in any of E stamps, whose row i, masks (2, I, E), lies in row top + i, top (E,): (64, 64) bool."""
+    masks, top = jax.lax.optimization_barrier((masks, top))  # else they are computed anew for every row
+    rows = np.arange(PIXELS, dtype=np.int32)[:, None] - top  # (64, E)
+    words = jnp.zeros((2, *rows.shape), jnp.uint32)
+    for i in range(masks.shape[1]):
+        words = jnp.where(rows == i, masks[:, i, None], words)
+    return expand(jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_or, (2,)))
 
 
 def expand(words) -> jax.Array:
@@ -543,10 +558,13 @@ def trails(state: EnvState, row) -> jax.Array:
     y = row + np.float32(0.5) - np.float32(0.25) + np.float32(0.01) * age
     rx, ry = np.float32(0.3) * growth, np.float32(0.2) * growth
     left, right, top, bottom = to_pixels(state, x - rx, x + rx, y - ry, y + ry)
-    age = jnp.broadcast_to(age.astype(np.int32), x.shape)
-    there = (age < state.time) & (state.enemy_v != 0)
-    masks = jnp.where(there, run_mask(left, right), np.uint32(0))
-    return union(masks.reshape(2, -1), top.reshape(-1), bottom.reshape(-1))
+    masks = run_mask(left, right)  # (2, TRAIL + 1, E)
+    first, stamp = top[TRAIL], jnp.zeros((2, 3, len(row)), jnp.uint32)  # the oldest puff reaches over all others: 3 rows at most
+    for age in range(TRAIL + 1):
+        rows = first + np.arange(3)[:, None]
+        there = (age < state.time) & (state.enemy_v != 0) & (rows >= top[age]) & (rows < bottom[age])
+        stamp = stamp | jnp.where(there, masks[:, age, None], np.uint32(0))
+    return union(stamp, first)
 
 
 def game_colour(kind: int) -> np.uint32:
@@ -577,7 +595,8 @@ def monochrome(state: EnvState, levels: Level) -> jax.Array:
     image = image.at[29:35, 30:34].set(jnp.where(look == 0, agent[0], jnp.where(look == 1, agent[1], agent[2])))
     half = np.float32(0.5)
     left, right, top, bottom = to_pixels(state, state.enemy_x - half, state.enemy_x + half, row, row + 1)
-    enemies = union(jnp.where(levels.enemy_v[level] != 0, run_mask(left, right), np.uint32(0)), top, bottom)
+    there = (levels.enemy_v[level] != 0) & (np.arange(5)[:, None] < bottom - top)
+    enemies = union(jnp.where(there, run_mask(left, right)[:, None], np.uint32(0)), top)
     return jnp.where(enemies, jnp.where(state.time // 5 % 2 == 0, game_colour(6), game_colour(7)), image)
 
 
@@ -677,16 +696,11 @@ def sky(levels: Level, level, y) -> jax.Array:
     return channels[:, 0] | channels[:, 1] << 8 | channels[:, 2] << 16
 
 
-def stamps(pattern, left, top) -> jax.Array:
-    """Where any of E copies of a pattern of 5 x 5 bits lies, whose upper left pixels are (left, top) (E,): (64, 64) bool."""
-    rows = np.arange(PIXELS, dtype=np.int32)[:, None] - top  # (64, E)
-    bits = jnp.zeros(rows.shape, jnp.uint32)
-    for i in range(5):
-        bits = jnp.where(rows == i, pattern[i], bits)
+def place(bits, left) -> jax.Array:
+    """Bits whose lowest one is the pixel `left` of a row, as two words: (...,) -> (2, ...) uint32."""
     shift = lambda n: jnp.clip(n, 0, 31).astype(jnp.uint32)
-    place = lambda n: jnp.where(n >= 32, 0, jnp.where(n >= 0, bits << shift(n), jnp.where(n > -32, bits >> shift(-n), 0)))
-    words = jnp.stack([place(left), place(left - 32)])
-    return expand(jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_or, (2,)))
+    word = lambda n: jnp.where(n >= 32, 0, jnp.where(n >= 0, bits << shift(n), jnp.where(n > -32, bits >> shift(-n), 0)))
+    return jnp.stack([word(left), word(left - 32)])
 
 
 def picture(state: EnvState, levels: Level) -> jax.Array:
@@ -711,9 +725,8 @@ def picture(state: EnvState, levels: Level) -> jax.Array:
     image = jnp.where(trails(state, ground), puff + rgb(96, 96, 96), image)
     there = levels.enemy_v[level] != 0
     left, _, top, _ = to_pixels(state, state.enemy_x - half, state.enemy_x, ground, ground + 1)
-    left = jnp.where(there, left, -PIXELS)
-    image = jnp.where(stamps(jnp.broadcast_to(ENEMY_BODY[:, None], (5, len(left))), left, top), body, image)
+    image = jnp.where(union(place(jnp.where(there, ENEMY_BODY[:, None], 0), left), top), body, image)
     eyes = jnp.where(state.enemy_v > 0, ENEMY_EYES[:, None] << 2, ENEMY_EYES[:, None])
-    image = jnp.where(stamps(eyes, left, top), rgb(*INKS["k"]), image)
+    image = jnp.where(union(place(jnp.where(there, eyes, 0), left), top), rgb(*INKS["k"]), image)
     agent = jnp.asarray(AGENT_LOOKS)[levels.themes[level, 1], state.look]
     return image.at[25:35, 29:35].set(jnp.where(agent == 0, image[25:35, 29:35], agent))
