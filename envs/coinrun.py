@@ -5,9 +5,15 @@ actions  0 to 8: (horizontal + 1) * 3 + (vertical + 1), so 1 left, 4 nothing, 5 
 reward   10 for the coin, else 0
 ends     coin taken, or touched a saw, an enemy or lava (terminated); 1,000 steps (truncated)
 
-Level seed k is the real game's level k, and the dynamics are the real game's, number for number. Distances are in tiles, velocities in
-tiles a step; x grows to the right and y upwards, from the outer corner of the lowest, leftmost of 64 x 64 tiles. The agent's box is 1
-wide and 2 * AGENT_RY high. Pictures are our own.
+Level seed k is the real game's level k, and the dynamics are the real game's (float32 arithmetic may be contracted: agreement is to
+1e-5). Distances are in tiles, velocities in tiles a step; x grows to the right and y upwards, from the outer corner of the lowest,
+leftmost of 64 x 64 tiles. The agent's box is 1 wide and 2 * AGENT_RY high. The sprites are our own; `monochrome` gives the game's own
+pictures of flat rectangles, `paint_velocity` its two grey squares.
+
+What can be played is a bank of levels in the params, and the state holds a place in it: a reset is cheap, and to play one level of
+one's own, pack(map) gives a Level, and a bank of one is EnvParams(jax.tree.map(lambda x: x[None], level)).
+
+Left out of the game: an enemy that walks through a crate while the agent falls from above it can, for one step, hold the agent up.
 """
 
 from functools import partial
@@ -408,6 +414,16 @@ class CoinRun(Environment):
     def num_actions(self) -> int:
         return 15
 
+    def action_space(self, params=None):
+        from gymnax.environments import spaces  # on use only: gymnax starts the backend when it is imported
+
+        return spaces.Discrete(self.num_actions)
+
+    def observation_space(self, params=None):
+        from gymnax.environments import spaces
+
+        return spaces.Box(0, 255, (PIXELS, PIXELS, 3), jnp.uint8)
+
     def levels(self, seeds) -> Level:
         """The levels of seeds (R,), numbers in [0, 2^31), with as many places for enemies as the fullest needs, in eights.
 
@@ -494,6 +510,42 @@ def touching(columns, level, x, y):
     return jnp.where(np.arange(5) == SAWS, saw, touched)
 
 
+# --- playing
+
+
+def random_policy(key, state: EnvState, params: EnvParams) -> jax.Array:
+    """The case study's policy: uniform over all 15 actions."""
+    return jax.random.randint(key, (), 0, 15)
+
+
+class Clip(NamedTuple):
+    """Frames and what happened between them. Where `done[t]` is set, frame t + 1 is the first of another episode."""
+
+    frames: jax.Array  # (T, 64, 64, 3) uint8
+    actions: jax.Array  # (T,) int32: taken at frame t
+    rewards: jax.Array  # (T,) float32: for that action
+    done: jax.Array  # (T,) bool: that action ended the episode, for either reason
+    levels: jax.Array  # (T,) int32: the place in params.levels of frame t
+
+
+def rollout(key, env: CoinRun, params: EnvParams, policy, num_steps: int, state: EnvState | None = None) -> tuple[EnvState, Clip]:
+    """Plays `num_steps` steps with auto-reset, from a random level or from `state` -> the last state, and a Clip.
+
+    policy: (key, state, params) -> action. For many clips at once, vmap over keys.
+    """
+    key_reset, key_steps = jax.random.split(key)
+    if state is None:
+        _, state = env.reset_env(key_reset, params)
+
+    def step(state, key):
+        key_act, key_env = jax.random.split(key)
+        action = policy(key_act, state, params)
+        _, after, reward, terminated, truncated, _ = env.step(key_env, state, action, params)
+        return after, Clip(env.render(state, params), action, reward, terminated | truncated, state.level)
+
+    return jax.lax.scan(step, state, jax.random.split(key_steps, num_steps))
+
+
 # --- pictures: (64, 64) uint32, red + 256 green + 65536 blue, until the end
 
 
@@ -525,22 +577,28 @@ def run_mask(first, last) -> jax.Array:
     return jnp.stack([below(last - 32 * i) & ~below(first - 32 * i) for i in (0, 1)])
 
 
-def to_pixels(state: EnvState, x0, x1, y0, y1):
-    """The pixels whose centres lie in a box of the world: first and last + 1 column, first and last + 1 row."""
-    round_up = lambda v: jnp.floor(v + np.float32(0.5)).astype(jnp.int32)
-    across = lambda x: round_up((x - state.x + np.float32(6.5)) * PER_TILE)
-    down = lambda y: round_up((state.y - y + np.float32(6.5)) * PER_TILE)
-    return across(x0), across(x1), down(y1), down(y0)
+def to_columns(state: EnvState, x) -> jax.Array:
+    """The first column of pixels whose centres lie at x or to the right of it."""
+    return cell((x - state.x + np.float32(6.5)) * PER_TILE + np.float32(0.5))
 
 
-def union(masks, top) -> jax.Array:
-    """Which pixels are in any of E stamps, whose row i, masks (2, I, E), lies in row top + i, top (E,): (64, 64) bool."""
-    masks, top = jax.lax.optimization_barrier((masks, top))  # else they are computed anew for every row
-    rows = np.arange(PIXELS, dtype=np.int32)[:, None] - top  # (64, E)
-    words = jnp.zeros((2, *rows.shape), jnp.uint32)
-    for i in range(masks.shape[1]):
-        words = jnp.where(rows == i, masks[:, i, None], words)
-    return expand(jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_or, (2,)))
+def to_rows(state: EnvState, y) -> jax.Array:
+    """The first row of pixels whose centres lie at y or below."""
+    return cell((state.y - y + np.float32(6.5)) * PER_TILE + np.float32(0.5))
+
+
+def union(masks, rows, pixel_rows, slot) -> jax.Array:
+    """Which pixels are in any of E stamps: (64, 64) bool.
+
+    masks (2, I, E): row i of each stamp; rows (E,): the tile row that a stamp lies in; pixel_rows (64,): the tile row of each row of
+    pixels; slot (64,): which row of a stamp would be there (none outside of [0, I)).
+    """
+    masks = jax.lax.optimization_barrier(masks)  # else they are computed anew for every row
+    num, lowest = masks.shape[1], pixel_rows[-1]
+    by_row = jnp.where(rows == lowest + np.arange(15)[:, None], masks[:, :, None], np.uint32(0))  # (2, I, 15, E)
+    by_row = jax.lax.reduce(by_row, np.uint32(0), jax.lax.bitwise_or, (3,)).reshape(2, num * 15)
+    words = by_row[:, jnp.clip(slot, 0, num - 1) * 15 + pixel_rows - lowest]
+    return expand(jnp.where((slot >= 0) & (slot < num), words, np.uint32(0)))
 
 
 def expand(words) -> jax.Array:
@@ -550,21 +608,21 @@ def expand(words) -> jax.Array:
     return ((word >> (columns % 32).astype(np.uint32)) & 1) > 0
 
 
-def trails(state: EnvState, row) -> jax.Array:
+def trails(state: EnvState, rows, pixel_rows) -> jax.Array:
     """The pixels of the puffs that enemies leave, which grow, rise, and go after TRAIL steps: (64, 64) bool."""
-    age = np.arange(TRAIL + 1, dtype=np.float32)[:, None]
+    age = np.arange(TRAIL + 1, dtype=np.float32)
     growth = np.float32(1.05) ** age
     x = jnp.concatenate([state.enemy_x[None], state.trail])  # (TRAIL + 1, E)
-    y = row + np.float32(0.5) - np.float32(0.25) + np.float32(0.01) * age
-    rx, ry = np.float32(0.3) * growth, np.float32(0.2) * growth
-    left, right, top, bottom = to_pixels(state, x - rx, x + rx, y - ry, y + ry)
-    masks = run_mask(left, right)  # (2, TRAIL + 1, E)
-    first, stamp = top[TRAIL], jnp.zeros((2, 3, len(row)), jnp.uint32)  # the oldest puff reaches over all others: 3 rows at most
-    for age in range(TRAIL + 1):
-        rows = first + np.arange(3)[:, None]
-        there = (age < state.time) & (state.enemy_v != 0) & (rows >= top[age]) & (rows < bottom[age])
-        stamp = stamp | jnp.where(there, masks[:, age, None], np.uint32(0))
-    return union(stamp, first)
+    rx, ry, up = np.float32(0.3) * growth, np.float32(0.2) * growth, np.float32(0.25) + np.float32(0.01) * age
+    left, right = to_columns(state, x - rx[:, None]), to_columns(state, x + rx[:, None])
+    row = pixel_rows[:, None].astype(jnp.float32)  # puffs stay within their tile row
+    top, bottom = to_rows(state, row + (up + ry)), to_rows(state, row + (up - ry))  # (64, TRAIL + 1)
+    index = np.arange(PIXELS)
+    oldest = (index[:, None] >= top) & (index[:, None] < bottom)  # these rows show puffs of at least some age
+    oldest = jnp.where(oldest, TRAIL + 1 - np.arange(TRAIL + 1), 0).max(1)  # how many of the oldest ages they show
+    masks = jnp.where((age < state.time)[:, None] & (state.enemy_v != 0), run_mask(left, right), np.uint32(0))
+    masks = jax.lax.associative_scan(jnp.bitwise_or, masks[:, ::-1], axis=1)
+    return union(masks, rows, pixel_rows, oldest - 1)
 
 
 def game_colour(kind: int) -> np.uint32:
@@ -589,14 +647,14 @@ def monochrome(state: EnvState, levels: Level) -> jax.Array:
     thing = at(x, y)
     thing = jnp.where((thing == T_SAW) & (state.time % 2 == 1), T_SAW2, thing)
     image = jnp.asarray(FLAT)[jnp.where((thing >= T_SAW) & (thing <= T_SAW2), thing, ground)]
-    row = levels.enemy_row[level].astype(jnp.float32)
-    image = jnp.where(trails(state, row), game_colour(59), image)
+    rows, pixel_rows = levels.enemy_row[level], cell(y[:, 0])
+    image = jnp.where(trails(state, rows, pixel_rows), game_colour(59), image)
     look, agent = state.look % 3, [game_colour(kind) for kind in (0, 12, 13)]
     image = image.at[29:35, 30:34].set(jnp.where(look == 0, agent[0], jnp.where(look == 1, agent[1], agent[2])))
     half = np.float32(0.5)
-    left, right, top, bottom = to_pixels(state, state.enemy_x - half, state.enemy_x + half, row, row + 1)
-    there = (levels.enemy_v[level] != 0) & (np.arange(5)[:, None] < bottom - top)
-    enemies = union(jnp.where(there, run_mask(left, right)[:, None], np.uint32(0)), top)
+    masks = run_mask(to_columns(state, state.enemy_x - half), to_columns(state, state.enemy_x + half))
+    masks = jnp.where(levels.enemy_v[level] != 0, masks, np.uint32(0))
+    enemies = union(masks[:, None], rows, pixel_rows, jnp.zeros(PIXELS, jnp.int32))
     return jnp.where(enemies, jnp.where(state.time // 5 % 2 == 0, game_colour(6), game_colour(7)), image)
 
 
@@ -620,7 +678,7 @@ def to_bytes(image) -> jax.Array:
 
 INKS = {
     "k": (36, 34, 46), "w": (245, 245, 245), "y": (255, 205, 60), "o": (214, 150, 30), "s": (170, 178, 190), "d": (112, 120, 134),
-    "r": (232, 78, 40), "l": (255, 150, 60), "b": (176, 122, 70), "n": (128, 84, 46), "c": (226, 236, 246), "g": (120, 180, 110),
+    "r": (232, 78, 40), "l": (255, 150, 60), "b": (176, 122, 70), "n": (128, 84, 46), "c": (226, 236, 246),
 }  # fmt: skip
 GROUNDS = [  # body, darker body, top, darker top
     ((134, 94, 62), (112, 76, 50), (166, 120, 80), (146, 104, 68)),  # dirt
@@ -665,14 +723,14 @@ def sprite(rows: str, inks: dict) -> np.ndarray:
     return np.array([[0 if c == "." else rgb(*inks[c]) for c in row] for row in rows.split()], np.uint32)
 
 
-def _tiles() -> np.ndarray:
-    """(6, 16, 8, 8) uint32: the colours of each ground's tiles."""
-    tiles = np.zeros((len(GROUNDS), 16, 8, 8), np.uint32)
-    for ground, colours in enumerate(GROUNDS):
-        inks = INKS | dict(zip("1234", colours, strict=True))
-        for code, rows in SPRITES.items():
-            tiles[ground, code] = sprite(rows, inks)
-    return tiles
+def _tiles() -> tuple[np.ndarray, np.ndarray]:
+    """(8, 16) uint32: the 8 texels, 4 bits each, of every row of every kind of tile; (6, 16): their inks on each ground, 0 is sky."""
+    names = ".1234" + "kwyosdrlbnc"
+    words = np.zeros((8, 16), np.uint32)
+    for code, rows in SPRITES.items():
+        for v, row in enumerate(rows.split()):
+            words[v, code] = sum(names.index(c) << 4 * u for u, c in enumerate(row))
+    return words, np.array([[0, *(rgb(*c) for c in ground), *(rgb(*INKS[c]) for c in names[5:])] for ground in GROUNDS], np.uint32)
 
 
 def _agents() -> np.ndarray:
@@ -685,7 +743,7 @@ def _agents() -> np.ndarray:
     return np.array(looks)
 
 
-TILES, AGENT_LOOKS = _tiles(), _agents()
+(TILE_WORDS, TILE_INKS), AGENT_LOOKS = _tiles(), _agents()
 
 
 def sky(levels: Level, level, y) -> jax.Array:
@@ -694,6 +752,15 @@ def sky(levels: Level, level, y) -> jax.Array:
     high = jnp.floor(jnp.clip(y / 2, 0, 16)) / 16
     channels = (ends[0] * high[:, None] + ends[1] * (1 - high[:, None])).astype(jnp.uint32)
     return channels[:, 0] | channels[:, 1] << 8 | channels[:, 2] << 16
+
+
+def pick_from(table, index) -> jax.Array:
+    """table[index] for any broadcasting entries of `table`, a power of two of them, by a tree of selects: gathers are slow on CPU."""
+    table = list(table)
+    while len(table) > 1:
+        odd = (index & 1) > 0
+        table, index = [jnp.where(odd, b, a) for a, b in zip(table[::2], table[1::2], strict=True)], index >> 1
+    return table[0]
 
 
 def place(bits, left) -> jax.Array:
@@ -715,18 +782,19 @@ def picture(state: EnvState, levels: Level) -> jax.Array:
     code = ((chosen >> (4 * (nibble & 7))) & 15).astype(jnp.int32)
     code = jnp.where((code == T_SAW) & (state.time % 2 == 1), T_SAW2, code)
     u, v = ((x - column.astype(jnp.float32)) * 8).astype(jnp.int32), ((row + 1 - y) * 8).astype(jnp.int32)
-    texel = (levels.themes[level, 2] * 16 + code) * 64 + jnp.clip(v, 0, 7)[:, None] * 8 + jnp.clip(u, 0, 7)
-    image = jnp.asarray(TILES.reshape(-1)).at[texel].get(mode="promise_in_bounds")
-    image = jnp.where(image == 0, sky(levels, level, y)[:, None], image)
+    texels = pick_from(TILE_WORDS, jnp.clip(v, 0, 7)[:, None])  # (64, 16): a row of each kind of tile, 8 texels of 4 bits
+    texel = pick_from([texels[:, i, None] for i in range(16)], code) >> (4 * jnp.clip(u, 0, 7)).astype(jnp.uint32)
+    inks = jnp.asarray(TILE_INKS)[levels.themes[level, 2]]
+    image = pick_from([sky(levels, level, y)[:, None], *inks[1:]], texel)
 
-    ground, half = levels.enemy_row[level].astype(jnp.float32), np.float32(0.5)
+    half, rows = np.float32(0.5), levels.enemy_row[level]
     body = jnp.asarray(np.array([rgb(*c) for c in BODY_COLOURS]))[levels.themes[level, 0] % 3]
-    puff = (body >> 1) & np.uint32(0x7F7F7F)
-    image = jnp.where(trails(state, ground), puff + rgb(96, 96, 96), image)
+    image = jnp.where(trails(state, rows, row), ((body >> 1) & np.uint32(0x7F7F7F)) + rgb(96, 96, 96), image)
+    slot = np.arange(PIXELS) - to_rows(state, (row + 1).astype(jnp.float32))
+    left = to_columns(state, state.enemy_x - half)
     there = levels.enemy_v[level] != 0
-    left, _, top, _ = to_pixels(state, state.enemy_x - half, state.enemy_x, ground, ground + 1)
-    image = jnp.where(union(place(jnp.where(there, ENEMY_BODY[:, None], 0), left), top), body, image)
+    image = jnp.where(union(place(jnp.where(there, ENEMY_BODY[:, None], 0), left), rows, row, slot), body, image)
     eyes = jnp.where(state.enemy_v > 0, ENEMY_EYES[:, None] << 2, ENEMY_EYES[:, None])
-    image = jnp.where(union(place(jnp.where(there, eyes, 0), left), top), rgb(*INKS["k"]), image)
+    image = jnp.where(union(place(jnp.where(there, eyes, 0), left), rows, row, slot), rgb(*INKS["k"]), image)
     agent = jnp.asarray(AGENT_LOOKS)[levels.themes[level, 1], state.look]
     return image.at[25:35, 29:35].set(jnp.where(agent == 0, image[25:35, 29:35], agent))
