@@ -84,7 +84,7 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
     text += str(jax.make_jaxpr(jax.vmap(train.evaluate))(states))
     update = str(jax.make_jaxpr(jax.vmap(train.update, (0, None)))(states, jnp.int32(0)))
     used = set(re.findall(r"= (\w+)[\[ ]", text + update))
-    assert {"dot_general", "scan"} <= used
+    assert "scan" in used and ("dot_general" in used or name in ("lola", "shaper"))  # tiny products are written out there
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
     branching = name in ("sfl", "mix_me") or (name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel)
     assert ("cond[" in update) == branching
@@ -132,7 +132,7 @@ def assert_equal(a, b):
 def test_devices_agree(name):
     """One seed split over two devices, two seeds on two devices, and `jit(vmap(train_fn))` all give the same numbers."""
     # rounding turns an action now and then, and learners that learn from it make a trial chaotic: a short one shows what is split
-    changes = dict(num_steps=4, num_episodes=2) if name.startswith("shaper") else {}
+    changes = dict(num_steps=4, num_episodes=2, num_opponents=1, sigma=0.04) if name.startswith("shaper") else {}
     config, train = make(name, num_seeds=2, **changes)
     expected, _ = jax.jit(jax.vmap(train_fn(train)))(jax.vmap(jax.random.key)(jnp.arange(2)))
     for num_seeds, shape in ((2, (2, 1)), (1, (1, 2))):
