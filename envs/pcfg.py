@@ -9,8 +9,8 @@ I     how far from the text's end O is found for the `occurrence`-th time       
 T     the letter `window` places before the end (operand: none)
 J1 J2 other names for C, that pre-training only ever asks of the letter a (jailbreak, Appendix E.2)
 
-I and IC count occurrences backwards from the end, distance 1 is the last letter, and 0 says that there are too few. The second operand
-is `window` or `occurrence`. In C_Tr and C_Te the spurious link is count(b) = count(a) + 1.
+I and IC count occurrences backwards from the end, distance 1 is the last letter, and 0 says that there are too few. The second
+operand is `window` or `occurrence`. In C_Tr and C_Te the spurious link is count(b) = count(a) + 1.
 """
 
 from typing import NamedTuple
@@ -70,7 +70,7 @@ TABLES = tuple(_table(*level) for level in RULES)
 
 
 def derive(coins) -> jax.Array:
-    """Which rule is taken at each of the 243 places of the tree (N, >= 243), 0 or 1 -> (N, 486) letters, -1 where a place is empty."""
+    """Which rule (0 or 1) is taken at each of the tree's 243 places (N, >= 243) -> letters (N, 486), -1 where a place is empty."""
     symbols, at = jnp.zeros((coins.shape[0], 1), jnp.int32), 0
     for table in TABLES:
         num = symbols.shape[1]
