@@ -225,7 +225,7 @@ def plot_finetuning(study: Study):
 
 
 def plot_pruning(study: Study):
-    """Figure 7: accuracies against pruned rows of the low prior; a column for a learning rate; a is full, b with the link dashed."""
+    """Figure 7: accuracies against pruned rows, low prior; a column for a learning rate; count b is dashed."""
     config = study.config
     figure, axes = panels(1, len(config.finetune_lrs))
     for j, lr in enumerate(config.finetune_lrs):
@@ -242,7 +242,7 @@ def plot_pruning(study: Study):
 
 
 def plot_probes(study: Study):
-    """Figure 8: a probe of count(a) on every block; a column for a prior; before and after fine-tuning, and of an untrained model."""
+    """Figure 8: probes of count(a) on every block; a column for a prior; before and after fine-tuning, and untrained."""
     config = study.config
     figure, axes = panels(1, len(config.priors), width=4.2)
     blocks = range(config.layers + 1)
