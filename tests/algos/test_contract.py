@@ -23,6 +23,8 @@ SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an ep
 SMALL |= dict(population_size=4, num_opponents=2, rl_minibatches=2, num_episodes=2, eval_learners=2)  # the trials of the shapers
 SMALL |= dict(robot="hopper", batch_size=8, episode_length=10, num_cells=16, cvt_samples=64, num_emitters=2)
 SMALL |= dict(sweep="single", eval_strings=8, candidates=2)  # the study of tracr as one setting
+SMALL |= dict(pretrain_updates=2, finetune_updates=1, batch_size=8, width=8, layers=1, heads=2, length=12, window=5, occurrence=1)
+SMALL |= dict(priors=(0.999,), finetune_lrs=(1e-3,), eval_size=8, probe_size=16, probe_updates=2)
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper", {"method": "mfos", "trainer": "ppo"})]
@@ -36,6 +38,7 @@ SHOWN = {
     "shaper_nplayer": ("eval_shapers", None),
     "mix_me": ("qd_score", "elites"),
     "tracr": ("a_ce0", None),
+    "finetuning": ("tuned_a", None),
 }  # the score and the film of evaluations
 
 
@@ -86,7 +89,9 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
     used = set(re.findall(r"= (\w+)[\[ ]", text + update))
     assert "scan" in used and ("dot_general" in used or name in ("lola", "shaper"))  # tiny products are written out there
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
-    branching = name in ("sfl", "mix_me") or (name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel)
+    branching = name in ("sfl", "mix_me", "finetuning") or (
+        name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel
+    )
     assert ("cond[" in update) == branching
 
 

@@ -1,0 +1,699 @@
+"""Mechanistic analysis of fine-tuning on procedurally defined tasks (Jain, Kirk, Lubana et al., 2311.12786, ICLR 2024).
+
+A transformer learns to answer five kinds of questions about strings of a grammar, among them how often the letter a occurs. Then it
+is fine-tuned to count b, on texts in which count(b) = count(a) + 1 holds with probability C_Tr. Where b was rare in pre-training
+and the link is strong, it soon fails at counting a, and is right about b only where the link holds: a capability seems lost. Four
+tools ask whether it is: pruning the few rows of weights that most hinder counting a, linear probes on every block, attention maps,
+and reverse fine-tuning (reFT), whose steps are compared with those of models that never could count a.
+
+Run:     python algos/finetuning.py         (low and high prior, C_Tr 0 and 1, two learning rates, and the baselines)
+
+Paper:   --preset paper
+
+Expect:  not measured yet; results/finetuning.py holds the claims to be
+
+One program does all of it: `num_updates` are pre-training of all models side by side, then fine-tuning of all arms (prior x C_Tr x
+learning rate, and the protocols of Appendix E), then reFT of all arms and baselines. arrays/ holds what was measured: `make_log`
+says what its axes are, `make_arms` which arm is which.
+
+Differs from the paper (no code of it could be found):
+ 1. Texts are short, models small and learning rates larger in `cpu`; `paper` has the paper's sizes.
+ 2. The loss of pre-training adds `answer_weight` times the loss of the answer; the paper's is the plain mean over tokens (0).
+ 3. Counts to which strings are edited come from other strings: C_Tr changes neither their distribution nor the amount of editing.
+ 4. C_Te = 0 has no text in which the link holds; training with C_Tr = 0 has it by chance.
+ 5. Only the counter is fine-tuned (not the indexer). The index of an occurrence counts from the end of the text.
+ 6. A pruned row is what leads to one output of a weight matrix of attention or MLP; embeddings, norms, biases and head stay. How
+    many rows are best is chosen on other texts than those reported.
+ 7. Probes are fitted on standardised residuals of a fixed set of edited texts. Batches are of one size in all stages.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from common.config import RunConfig, cli, require, require_multiple, require_range
+from common.devices import shard_batch
+from common.run import Train, run
+from envs.pcfg import (
+    FAMILIES,
+    FIRST_FAMILY,
+    FIRST_NUMBER,
+    Language,
+    ask,
+    count,
+    sample_finetuning,
+    sample_pretraining,
+    sample_test,
+    sample_text,
+    sequence,
+    task_table,
+)
+
+# Appendix C.2: P_T(a) -> P_T of a, b, c
+PRIORS = {
+    0.999: (0.999, 0.001, 0),
+    0.99: (0.99, 0.01, 0),
+    0.9: (0.9, 0.1, 0),
+    0.7: (0.7, 0.2, 0.1),
+    0.5: (0.5, 0.3, 0.2),
+}  # Appendix C.2
+PRUNED = (0, 1, 2, 3, 5, 8, 10, 15, 20)  # rows
+FAMILY_C, A, B = FAMILIES.index("C"), 0, 1  # O_PT is a, O_FT is b
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """The study's settings; the defaults are the paper's."""
+
+    num_updates: int = 220_000
+    """Steps of all three stages; reFT has those that pre-training and fine-tuning leave."""
+    pretrain_updates: int = 200_000
+    """Steps of pre-training."""
+    finetune_updates: int = 10_000
+    """Steps of fine-tuning."""
+
+    priors: tuple[float, ...] = (0.999, 0.99, 0.9, 0.7, 0.5)
+    """P_T(a), how often pre-training asks of a; the first is the low prior, the last the high one."""
+    correlations: tuple[float, ...] = (0.0, 0.25, 0.5, 0.8, 1.0)
+    """C_Tr, how often count(b) = count(a) + 1 is forced in fine-tuning."""
+    finetune_lrs: tuple[float, ...] = (1e-4, 1e-5, 1e-6)
+    """Learning rates of fine-tuning, from large to small. An arm's reFT takes the next smaller one (the smallest takes itself)."""
+    mixing: tuple[float, ...] = (0.5, 0.1, 0.001)
+    """Shares of pre-training questions in fine-tuning (E.1): an arm each for the low and the high prior, C_Tr 1, second rate."""
+    random_labels: bool = True
+    """Arms that are taught count(b) as the answer to count(a) (E.4), low and high prior, C_Tr 0, second rate."""
+    jailbreak: bool = True
+    """Models that know two more names for counting a, T_J1 and T_J2 (E.2), low and high prior; C_Tr 0, second rate."""
+
+    lr: float = 1e-3
+    """Learning rate of pre-training and of the model trained from scratch."""
+    batch_size: int = 96
+    """Sequences of a step of one model."""
+    answer_weight: float = 0.0
+    """Pre-training's loss is the mean over tokens and this times the mean over answers."""
+    weight_decay: float = 0.01
+    """AdamW's."""
+    width: int = 192
+    """Of the residual stream."""
+    layers: int = 6
+    """Transformer blocks."""
+    heads: int = 6
+    """Attention heads."""
+    length: int = 250
+    """Letters of a text."""
+    window: int = 40
+    """Letters at its end that counts are about."""
+    occurrence: int = 6
+    """Which occurrence is to be found."""
+
+    models_at_once: int = 1
+    """Models (or arms) whose steps are taken side by side; the others follow. 0 for all: faster where they fit in memory."""
+    eval_size: int = 1000
+    """Texts of a test set."""
+    probe_size: int = 8000
+    """Texts that probes are fitted on; they are tested on eval_size others."""
+    probe_updates: int = 4000
+    """Steps of fitting a probe."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        counts = "pretrain_updates finetune_updates batch_size width layers heads occurrence eval_size probe_size probe_updates"
+        for name in counts.split():
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        left = self.num_updates - self.pretrain_updates - self.finetune_updates
+        require(left >= 1, f"--num-updates {self.num_updates}: leaves {left} steps for reFT, must be at least 1")
+        require_multiple(self, "width", "heads")
+        require(3 <= self.window <= self.length, f"--window {self.window}: must lie between 3 and --length {self.length}")
+        known = ", ".join(map(str, PRIORS))
+        require(self.priors and set(self.priors) <= set(PRIORS), f"--priors {self.priors}: must be some of {known}")
+        for name in ("correlations", "finetune_lrs"):
+            require(len(getattr(self, name)) > 0, f"--{name.replace('_', '-')}: must have at least one value")
+        for name in ("correlations", "mixing"):
+            values = getattr(self, name)
+            require(all(0 <= x <= 1 for x in values), f"--{name} {values}: must lie between 0 and 1")
+        require(all(x > 0 for x in (self.lr, *self.finetune_lrs)), "--lr and --finetune-lrs: must be positive")
+        require_range(self, 0, 1000, "answer_weight", "weight_decay", "models_at_once")
+
+    @property
+    def split_size(self) -> int:
+        return self.batch_size
+
+    @property
+    def language(self) -> Language:
+        return Language(self.length, self.window, self.occurrence)
+
+    @property
+    def reverse_updates(self) -> int:
+        """Steps of reFT."""
+        return self.num_updates - self.pretrain_updates - self.finetune_updates
+
+
+PAPER = Config(num_seeds=3, log_every=1000, eval_every=10_000, save_every=10_000, preset="paper")
+CPU = replace(
+    PAPER, preset="cpu", num_seeds=2, num_updates=5400, pretrain_updates=4600, finetune_updates=300, log_every=50, eval_every=5400,
+    save_every=200, priors=(0.999, 0.5), correlations=(0.0, 1.0), finetune_lrs=(1e-3, 3e-4, 1e-4), mixing=(), random_labels=False,
+    jailbreak=False, lr=3e-3, batch_size=32, answer_weight=1.0, width=48, layers=3, heads=4, length=40, window=16, occurrence=2,
+    models_at_once=0, eval_size=256, probe_size=1024, probe_updates=600,
+)  # fmt: skip
+
+
+# --- the study: which models are pre-trained, which arms are fine-tuned
+
+
+class Arm(NamedTuple):
+    """One fine-tuning: of which model, with what data, how fast; and its reFT."""
+
+    name: str  # "sweep", "mixing", "random labels" or "jailbreak"; of baselines "scratch + FT" or "scratch"
+    model: int  # place among the models
+    correlation: float  # C_Tr
+    lr: float
+    reverse_lr: float
+    mixing: float = 0.0
+    wrong: bool = False
+
+
+def make_models(config: Config) -> list[tuple[str, float, np.ndarray]]:
+    """Name, P_T(a) and task table of every pre-trained model; the last one only ever counts b (Scr. + FT)."""
+    models = [("prior", prior, task_table(PRIORS[prior])) for prior in config.priors]
+    if config.jailbreak:
+        models += [("jailbreak", prior, task_table(PRIORS[prior], jailbreak=True)) for prior in ends(config.priors)]
+    only_b = np.zeros_like(models[0][2])
+    only_b[FAMILY_C, B] = 1
+    return [*models, ("only b", 0.0, only_b)]
+
+
+def ends(values) -> tuple:
+    """The first and the last, once if they are the same."""
+    return tuple(dict.fromkeys((values[0], values[-1])))
+
+
+def make_arms(config: Config) -> list[Arm]:
+    """The fine-tuned arms: the sweep, and the protocols of Appendix E at the second learning rate."""
+    lrs, arms = config.finetune_lrs, []
+    reverse = {lr: lrs[min(i + 1, len(lrs) - 1)] for i, lr in enumerate(lrs)}
+    for model in range(len(config.priors)):
+        arms += [Arm("sweep", model, c, lr, reverse[lr]) for c in config.correlations for lr in lrs]
+    lr, extreme = medium(config), ends(range(len(config.priors)))
+    arms += [Arm("mixing", model, 1.0, lr, reverse[lr], mixing=share) for model in extreme for share in config.mixing]
+    if config.random_labels:
+        arms += [Arm("random labels", model, 0.0, lr, reverse[lr], wrong=True) for model in extreme]
+    named = [i for i, model in enumerate(make_models(config)) if model[0] == "jailbreak"]
+    return arms + [Arm("jailbreak", i, 0.0, lr, reverse[lr]) for i in named]
+
+
+def make_baselines(config: Config) -> list[Arm]:
+    """What only reFT trains: the model that counts b at every learning rate, and one from scratch."""
+    lrs, only_b = config.finetune_lrs, len(make_models(config)) - 1
+    after = [Arm("scratch + FT", only_b, 0.0, 0.0, lr) for lr in lrs]
+    return [*after, Arm("scratch", -1, 0.0, 0.0, config.lr)]
+
+
+def medium(config: Config) -> float:
+    """The learning rate eta_M."""
+    return config.finetune_lrs[min(1, len(config.finetune_lrs) - 1)]
+
+
+def wrapped(config: Config) -> int:
+    """Place of the arm whose capability seems lost: low prior, the strongest link, eta_M."""
+    arms = make_arms(config)
+    fits = [i for i, arm in enumerate(arms) if arm.name == "sweep" and arm.model == 0 and arm.lr == medium(config)]
+    return max(fits, key=lambda i: arms[i].correlation)
+
+
+def points(updates: int, ratio: float) -> np.ndarray:
+    """After how many steps of a stage accuracies are measured: 0, 5, then `ratio` apart, and the end."""
+    grid = 5 * ratio ** np.arange(60)
+    return np.unique([0, *np.round(grid[grid < updates]), updates]).astype(int)
+
+
+def finetune_points(config: Config) -> np.ndarray:
+    """Steps of fine-tuning after which accuracies are measured."""
+    return points(config.finetune_updates, 2)
+
+
+def reverse_points(config: Config) -> np.ndarray:
+    """Steps of reFT after which accuracies are measured."""
+    return points(config.reverse_updates, 2**0.5)
+
+
+# --- the transformer (minGPT): blocks stacked along their first axis and scanned
+
+
+def init_model(key, config: Config) -> dict:
+    """Parameters. Matrices are normal with variance 1 / n_in, those that write to the residual stream smaller by sqrt(2 layers)."""
+    keys, d, n, language = jax.random.split(key, 7), config.width, config.layers, config.language
+    normal = lambda key, *shape: jax.random.normal(key, shape) / math.sqrt(shape[-2])
+    blocks = {
+        "qkv": normal(keys[0], n, d, 3 * d),
+        "proj": normal(keys[1], n, d, d) / math.sqrt(2 * n),
+        "up": normal(keys[2], n, d, 4 * d),
+        "down": normal(keys[3], n, 4 * d, d) / math.sqrt(2 * n),
+    }
+    blocks |= {f"{name}_b": jnp.zeros((n, w.shape[-1])) for name, w in blocks.items()}
+    blocks |= {name: jnp.ones((n, d)) for name in ("norm1", "norm2")} | {name: jnp.zeros((n, d)) for name in ("norm1_b", "norm2_b")}
+    token = 0.5 * jax.random.normal(keys[4], (language.vocab_size, d))
+    position = 0.5 * jax.random.normal(keys[5], (language.size, d))
+    head = normal(keys[6], d, language.vocab_size)
+    return {"blocks": blocks, "token": token, "position": position, "norm": jnp.ones(d), "norm_b": jnp.zeros(d), "head": head}
+
+
+def layer_norm(x, gain, shift) -> jax.Array:
+    """Over the last axis."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * gain + shift
+
+
+def attend(qkv, heads: int) -> tuple[jax.Array, jax.Array]:
+    """qkv (B, S, 3 d) -> what the heads read (B, S, d), causal attention (B, heads, S, S)."""
+    num, size, _ = qkv.shape
+    q, k, v = qkv.reshape(num, size, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    attention = jax.nn.softmax(jnp.where(np.tri(size, dtype=bool), scores, -1e9))
+    return (attention @ v).transpose(0, 2, 1, 3).reshape(num, size, -1), attention
+
+
+def transformer(params, tokens, config: Config):
+    """tokens (B, S) -> residual stream (B, S, d); at the last place: before and after every block (blocks + 1, B, d), attention of
+    every block (blocks, B, heads, S)."""
+    x = params["token"][tokens] + params["position"][: tokens.shape[1]]
+
+    def block(x, p):
+        read, attention = attend(layer_norm(x, p["norm1"], p["norm1_b"]) @ p["qkv"] + p["qkv_b"], config.heads)
+        x = x + read @ p["proj"] + p["proj_b"]
+        hidden = jax.nn.gelu(layer_norm(x, p["norm2"], p["norm2_b"]) @ p["up"] + p["up_b"])
+        x = x + hidden @ p["down"] + p["down_b"]
+        return x, (x[:, -1], attention[:, :, -1])
+
+    last, (residuals, attention) = jax.lax.scan(block, x, params["blocks"])
+    return last, jnp.concatenate([x[None, :, -1], residuals]), attention
+
+
+def predict(params, x) -> jax.Array:
+    """Residual stream (..., d) -> logits (..., vocabulary)."""
+    return layer_norm(x, params["norm"], params["norm_b"]) @ params["head"]
+
+
+def answers_of(params, tokens, config: Config) -> jax.Array:
+    """Logits (B, vocabulary) of the answers to the questions `tokens` (B, size)."""
+    x, _, _ = transformer(params, tokens[:, : config.language.art + 1], config)
+    return predict(params, x[:, -1])
+
+
+def sequence_loss(params, tokens, config: Config) -> jax.Array:
+    """Pre-training's loss: cross-entropy of the next token, mean over the sequence, and answer_weight times that of the answer."""
+    x, _, _ = transformer(params, tokens[:, :-1], config)
+    losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, x), tokens[:, 1:])
+    return losses.mean() + config.answer_weight * losses[:, config.language.art].mean()
+
+
+def answer_loss(params, tokens, config: Config) -> jax.Array:
+    """Fine-tuning's loss: cross-entropy of the answer alone."""
+    labels = tokens[:, config.language.art + 1]
+    return optax.softmax_cross_entropy_with_integer_labels(answers_of(params, tokens, config), labels).mean()
+
+
+def accuracy(params, tokens, config: Config) -> jax.Array:
+    """Share of right answers."""
+    return (answers_of(params, tokens, config).argmax(-1) == tokens[:, config.language.art + 1]).mean()
+
+
+# --- one step of many models
+
+
+def make_optimiser(config: Config) -> optax.GradientTransformation:
+    """AdamW without its learning rate, which differs between arms; gradients are clipped to norm 1."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(config.weight_decay))
+
+
+def schedule(step, updates: int) -> jax.Array:
+    """Factor on the learning rate: linear over the first fifth of a stage, then a cosine to 1/100."""
+    warm = max(1, updates // 5)
+    cosine = 0.01 + 0.99 * 0.5 * (1 + jnp.cos(math.pi * jnp.clip((step - warm) / max(1, updates - warm), 0, 1)))
+    return jnp.where(step < warm, (step + 1) / warm, cosine)
+
+
+def side_by_side(config: Config, function, *trees):
+    """`function` of every model, `models_at_once` of them in one vmap."""
+    if not config.models_at_once:
+        return jax.vmap(function)(*trees)
+    return jax.lax.map(lambda args: function(*args), trees, batch_size=config.models_at_once)
+
+
+def learn(config: Config, loss, sample, key, params, moments, rates, settings):
+    """A step of every model, on a batch of its own -> params, moments, losses (models,).
+
+    sample: key, settings of a model -> tokens; rates (models,).
+    """
+    tx = make_optimiser(config)
+
+    def step(key, params, moments, rate, settings):
+        tokens = shard_batch(sample(key, settings))
+        value, grads = jax.value_and_grad(loss)(params, tokens, config)
+        updates, moments = tx.update(grads, moments, params)
+        return jax.tree.map(lambda p, u: p - rate * u, params, updates), moments, value
+
+    return side_by_side(config, step, jax.random.split(key, rates.size), params, moments, rates, settings)
+
+
+def sample_arm(key, arm: dict, config: Config) -> jax.Array:
+    """A batch of fine-tuning (B, size). arm: numbers `correlation`, `wrong`, `mixing` and pre-training's `tasks`."""
+    keys, num, language = jax.random.split(key, 3), config.batch_size, config.language
+    text = sample_finetuning(keys[0], num, arm["correlation"], language)
+    operand = jnp.broadcast_to(jnp.where(arm["wrong"], A, B), (num,))
+    family = jnp.full(num, FAMILY_C)
+    tokens = sequence(text, family, operand, FIRST_NUMBER + count(text, B, language.window), language)
+    if not config.mixing:
+        return tokens
+    old = sample_pretraining(keys[1], num, arm["tasks"], language)
+    return jnp.where(jax.random.uniform(keys[2], (num, 1)) < arm["mixing"], old, tokens)
+
+
+def sample_reverse(key, _, config: Config) -> jax.Array:
+    """A batch of reFT (B, size): natural texts, count a."""
+    return ask(sample_text(key, config.batch_size, config.language.length), FAMILY_C, A, config.language)
+
+
+# --- analysis
+
+
+def test_questions(config: Config) -> dict:
+    """Test sets, tokens (eval_size, size) each, the same for all seeds: O_PT and O_FT without the link (C_Te = 0), O_FT with it."""
+    language, key = config.language, jax.random.key(1)
+    unlinked, linked = (sample_test(key, config.eval_size, link, language) for link in (False, True))
+    other = sample_test(jax.random.key(2), config.eval_size, False, language)
+    questions = {"a": ask(unlinked, FAMILY_C, A, language), "b": ask(unlinked, FAMILY_C, B, language)}
+    return questions | {"b linked": ask(linked, FAMILY_C, B, language), "a selection": ask(other, FAMILY_C, A, language)}
+
+
+def family_questions(config: Config) -> jax.Array:
+    """Natural texts, every family's question about a, and C's about b: (families + 1, eval_size, size)."""
+    text = sample_text(jax.random.key(3), config.eval_size, config.language.length)
+    asked = [ask(text, family, A, config.language) for family in range(len(FAMILIES))]
+    return jnp.stack([*asked, ask(text, FAMILY_C, B, config.language)])
+
+
+def renamed_question(tokens, family: str) -> jax.Array:
+    """The same questions asked by another family token."""
+    return tokens.at[:, 1].set(FIRST_FAMILY + FAMILIES.index(family))
+
+
+def majority(labels) -> jax.Array:
+    """Share of the commonest label (..., N) -> (...)."""
+    return (labels[..., None] == labels[..., None, :]).mean(-1).max(-1)
+
+
+ROWS = ("qkv", "proj", "up", "down")
+
+
+def prune(params, scores, num) -> dict:
+    """The model without the `num` rows of the highest scores: the weights that lead to a unit are set to 0."""
+    flat = jnp.concatenate([scores[name].reshape(-1) for name in ROWS])
+    kept = (jnp.argsort(jnp.argsort(-flat)) >= num).astype(flat.dtype)
+    blocks, at = dict(params["blocks"]), 0
+    for name in ROWS:
+        size = scores[name].size
+        blocks[name] = blocks[name] * kept[at : at + size].reshape(scores[name].shape)[:, None, :]
+        at += size
+    return params | {"blocks": blocks}
+
+
+def row_scores(params, tokens, config: Config) -> dict:
+    """How much the loss on `tokens` would fall, to first order, without a row: theta . dL/dtheta (Algorithm 3), (blocks, units)."""
+    grads = jax.grad(answer_loss)(params, tokens, config)["blocks"]
+    return {name: (params["blocks"][name] * grads[name]).sum(1) for name in ROWS}
+
+
+def pruning_curve(params, tests: dict, config: Config) -> jax.Array:
+    """Accuracies (PRUNED, 3) with ever more rows pruned: count a on the scores' texts, count a on others, count b linked."""
+    scores = row_scores(params, tests["a selection"], config)
+
+    def measured(num):
+        pruned = prune(params, scores, num)
+        return jnp.stack([accuracy(pruned, tests[name], config) for name in ("a selection", "a", "b linked")])
+
+    return jax.lax.map(measured, jnp.array(PRUNED))
+
+
+def fit_probe(key, x, labels, test_x, test_labels, updates: int, classes: int) -> jax.Array:
+    """Accuracy () of a linear map, fitted by AdamW on x (N, d), on test_x. The rate falls tenfold after 1/2, 3/4 and 7/8."""
+    mean, deviation = x.mean(0), x.std(0) + 1e-5
+    x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
+    tx = optax.adamw(optax.piecewise_constant_schedule(1e-2, {updates * k // 8: 0.1 for k in (4, 6, 7)}))
+    loss = lambda p, x, y: optax.softmax_cross_entropy_with_integer_labels(x @ p["w"] + p["b"], y).mean()
+
+    def step(carry, key):
+        params, state = carry
+        batch = jax.random.randint(key, (128,), 0, x.shape[0])
+        change, state = tx.update(jax.grad(loss)(params, x[batch], labels[batch]), state, params)
+        return (optax.apply_updates(params, change), state), None
+
+    params = {"w": jnp.zeros((x.shape[1], classes)), "b": jnp.zeros(classes)}
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, updates))
+    return ((test_x @ params["w"] + params["b"]).argmax(-1) == test_labels).mean()
+
+
+def probe(params, config: Config) -> jax.Array:
+    """Accuracies (2, blocks + 1) of probes at ART, before and after every block, for count(a) and count(b), each asked for."""
+    language, keys = config.language, jax.random.split(jax.random.key(4), 2)
+    fitted_on = sample_finetuning(keys[0], config.probe_size, 0.0, language)
+    sets = fitted_on, sample_test(jax.random.key(1), config.eval_size, False, language)
+
+    def fitted(letter):
+        pairs = []
+        for text in sets:
+            tokens = ask(text, FAMILY_C, letter, language)[:, : language.art + 1]
+            pairs += [transformer(params, tokens, config)[1], count(text, letter, language.window)]
+        fit = partial(fit_probe, keys[1], updates=config.probe_updates, classes=language.window + 1)
+        return jax.vmap(fit, (0, None, 0, None))(*pairs)
+
+    return jax.lax.map(fitted, jnp.array([A, B]))
+
+
+def attention_maps(params, tokens, config: Config) -> dict:
+    """What ART attends to: every place, mean over texts (blocks, heads, S); a, b and c in the window (blocks, heads, 3)."""
+    language = config.language
+    tokens = tokens[:, : language.art + 1]
+    _, _, attention = transformer(params, tokens, config)
+    counted = (jnp.arange(tokens.shape[1]) >= language.art - 1 - language.window)[:, None]
+    letter = (tokens[..., None] == jnp.arange(3)) & counted
+    return {"attention": attention.mean(1), "attention_letters": jnp.einsum("lbhs,bsc->lhc", attention, letter) / tokens.shape[0]}
+
+
+def analyse(params, tests, config: Config) -> dict:
+    """Probes and attention of every model; params has a leading axis of models."""
+    each = lambda p: {"probes": probe(p, config)} | attention_maps(p, tests["a"], config)
+    return jax.lax.map(each, params)
+
+
+# --- training
+
+
+class State(NamedTuple):
+    """All of one seed's study."""
+
+    params: dict  # "pretrained" (models, ...); "tuned" (arms and baselines, ...): what fine-tuning and then reFT train
+    moments: dict  # of AdamW, the same
+    log: dict  # what was measured, see make_log; NaN until then
+    key: jax.Array
+
+
+def make_log(config: Config) -> dict:
+    """Arrays of what will be measured. Accuracies are shares of right answers.
+
+    families (models, 8)       each family's question about a, then C's about b; natural texts
+    finetune (points, arms, 3) count a with C_Te = 0, count b with C_Te = 0, count b with C_Te = 1; see finetune_points
+    reverse (points, runs)     count a with C_Te = 0; runs are arms, then baselines; see reverse_points
+    pruning (arms, PRUNED, 3)  see pruning_curve
+    renamed (arms, 3)          count a with C_Te = 0, asked as C, J1, J2
+    before_X                   of the models, then an untrained one; X is probes (.., 2, blocks + 1), attention (..,
+                               blocks, heads, S) or attention_letters (.., blocks, heads, 3)
+    after_X                    the same of the fine-tuned arms
+    """
+    models, arms, runs = len(make_models(config)), len(make_arms(config)), len(make_arms(config)) + len(make_baselines(config))
+    shapes = {
+        "families": (models, len(FAMILIES) + 1),
+        "finetune": (len(finetune_points(config)), arms, 3),
+        "reverse": (len(reverse_points(config)), runs),
+        "pruning": (arms, len(PRUNED), 3),
+        "renamed": (arms, 3),
+    }
+    for stage, num in (("before", models + 1), ("after", arms)):
+        shapes[f"{stage}_probes"] = (num, 2, config.layers + 1)
+        shapes[f"{stage}_attention"] = (num, config.layers, config.heads, config.language.art + 1)
+        shapes[f"{stage}_attention_letters"] = (num, config.layers, config.heads, 3)
+    return {name: jnp.full(shape, jnp.nan) for name, shape in shapes.items()}
+
+
+def make_train(config: Config) -> Train:
+    """The whole study as pure functions of one seed."""
+    tx, stages = make_optimiser(config), (pretrain, finetune, reverse)
+
+    def init(key):
+        key, *keys = jax.random.split(key, 1 + len(make_models(config)))
+        params = jax.vmap(partial(init_model, config=config))(jnp.stack(keys))
+        params = {"pretrained": params, "tuned": start_runs(config, key, params)}
+        moments = {name: jax.vmap(tx.init)(models) for name, models in params.items()}
+        return State(params, moments, make_log(config), key)
+
+    def update(state: State, t):
+        """One step of the stage that t belongs to."""
+        stage = jnp.sum(t >= begins(config)) - 1
+        state, loss = jax.lax.switch(stage, [partial(step, config) for step in stages], state, t)
+        return state, {f"{step.__name__}_loss": jnp.where(stage == i, loss, jnp.nan) for i, step in enumerate(stages)}
+
+    return Train(init, update, partial(evaluate, config), config.num_updates)
+
+
+def begins(config: Config) -> np.ndarray:
+    """The first update of pre-training, fine-tuning and reFT."""
+    return np.cumsum([0, config.pretrain_updates, config.finetune_updates])
+
+
+def fresh_model(config: Config, key) -> dict:
+    """A seed's untrained model, a single one with a leading axis."""
+    return jax.tree.map(lambda x: x[None], init_model(jax.random.fold_in(key, 0), config))
+
+
+def append(models, others):
+    """Two groups of models as one."""
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), models, others)
+
+
+def start_runs(config: Config, key, pretrained) -> dict:
+    """What every arm and baseline begins from."""
+    places = np.array([run.model for run in (*make_arms(config), *make_baselines(config))])
+    return jax.tree.map(lambda x: x[places], append(pretrained, fresh_model(config, key)))
+
+
+def pretrain(config: Config, state: State, t):
+    """A step of every model on questions of its own kinds -> state, mean loss."""
+    models = make_models(config)
+    sample = lambda key, tasks: sample_pretraining(key, config.batch_size, tasks, config.language)
+    rates = jnp.full(len(models), config.lr) * schedule(t, config.pretrain_updates)
+    return stage_step(config, state, t, "pretrained", sequence_loss, sample, rates, np.stack([tasks for _, _, tasks in models]))
+
+
+def finetune(config: Config, state: State, t):
+    """A step of every arm -> state, mean loss. The first one measures the pre-trained models and gives them to the arms."""
+    arms, models, done = make_arms(config), make_models(config), t - begins(config)[1]
+    settings = {name: np.array([getattr(arm, name) for arm in arms], np.float32) for name in ("correlation", "wrong", "mixing")}
+    settings["tasks"] = np.stack([models[arm.model][2] for arm in arms])
+    rates = np.array([arm.lr for arm in arms], np.float32) * schedule(done, config.finetune_updates)
+    state = jax.lax.cond(done == 0, partial(enter_finetuning, config), lambda state: state, state)
+    state, loss = stage_step(config, state, t, "tuned", answer_loss, partial(sample_arm, config=config), rates, settings)
+    return record(config, state, "finetune", done + 1), loss
+
+
+def reverse(config: Config, state: State, t):
+    """A step of reFT of every arm and baseline -> state, mean loss. The first one analyses the fine-tuned arms."""
+    runs, done = [*make_arms(config), *make_baselines(config)], t - begins(config)[2]
+    rates = np.array([run.reverse_lr for run in runs], np.float32) * schedule(done, config.reverse_updates)
+    state = jax.lax.cond(done == 0, partial(enter_reverse, config), lambda state: state, state)
+    state, loss = stage_step(config, state, t, "tuned", answer_loss, partial(sample_reverse, config=config), rates, rates)
+    return record(config, state, "reverse", done + 1), loss
+
+
+def stage_step(config: Config, state: State, t, which: str, loss, sample, rates, settings):
+    """A step of the first rates.size of the models `which` -> state, mean loss."""
+    held = state.params[which], state.moments[which]
+    some = jax.tree.map(lambda x: x[: rates.size], held)
+    *some, losses = learn(config, loss, sample, jax.random.fold_in(state.key, t), *some, rates, settings)
+    params, moments = jax.tree.map(lambda x, new: x.at[: rates.size].set(new), held, tuple(some))
+    return state._replace(params=state.params | {which: params}, moments=state.moments | {which: moments}), losses.mean()
+
+
+def enter_finetuning(config: Config, state: State) -> State:
+    """Pre-training is over: measures it, and gives every arm its model."""
+    pretrained, questions = state.params["pretrained"], family_questions(config)
+    families = jax.lax.map(lambda p: jax.lax.map(lambda tokens: accuracy(p, tokens, config), questions), pretrained)
+    known = append(pretrained, fresh_model(config, state.key))
+    found = {f"before_{name}": x for name, x in analyse(known, test_questions(config), config).items()}
+    params = state.params | {"tuned": start_runs(config, state.key, pretrained)}
+    return measure(config, state._replace(params=params, log=state.log | found | {"families": families}), "finetune", 0)
+
+
+def enter_reverse(config: Config, state: State) -> State:
+    """Fine-tuning is over: prunes and probes every arm, and forgets the moments of AdamW."""
+    tuned, tests = jax.tree.map(lambda x: x[: len(make_arms(config))], state.params["tuned"]), test_questions(config)
+    found = {f"after_{name}": x for name, x in analyse(tuned, tests, config).items()}
+    found["pruning"] = jax.lax.map(lambda p: pruning_curve(p, tests, config), tuned)
+    renamed = jnp.stack([renamed_question(tests["a"], name) for name in ("C", "J1", "J2")])
+    found["renamed"] = jax.lax.map(lambda p: jax.lax.map(lambda tokens: accuracy(p, tokens, config), renamed), tuned)
+    moments = state.moments | {"tuned": jax.tree.map(jnp.zeros_like, state.moments["tuned"])}
+    return measure(config, state._replace(moments=moments, log=state.log | found), "reverse", 0)
+
+
+def record(config: Config, state: State, stage: str, done) -> State:
+    """Measures where `done` steps of the stage are one of its points."""
+    at = finetune_points(config) if stage == "finetune" else reverse_points(config)
+    due = jnp.asarray(np.isin(np.arange(at[-1] + 1), at))[done]
+    place = jnp.searchsorted(jnp.asarray(at), done)
+    return jax.lax.cond(due, lambda state: measure(config, state, stage, place), lambda state: state, state)
+
+
+def measure(config: Config, state: State, stage: str, place) -> State:
+    """Writes the accuracies of a stage's models to its log."""
+    tests, tuned = test_questions(config), state.params["tuned"]
+    if stage == "reverse":
+        found = jax.lax.map(lambda p: accuracy(p, tests["a"], config), tuned)
+    else:
+        each = lambda p: jnp.stack([accuracy(p, tests[name], config) for name in ("a", "b", "b linked")])
+        found = jax.lax.map(each, jax.tree.map(lambda x: x[: len(make_arms(config))], tuned))
+    return state._replace(log=state.log | {stage: state.log[stage].at[place].set(found)})
+
+
+# --- evaluation
+
+
+def steps_to(curve, at, bar: float = 0.9) -> jax.Array:
+    """After how many steps a curve (points,) of accuracies measured after `at` steps first reaches `bar`, between points along a
+    line; the last of `at` where it never does."""
+    reached = jnp.argmax(curve >= bar)
+    before = jnp.maximum(reached - 1, 0)
+    rise = jnp.maximum(curve[reached] - curve[before], 1e-6)
+    between = at[before] + (at[reached] - at[before]) * jnp.clip((bar - curve[before]) / rise, 0, 1)
+    return jnp.where((curve >= bar).any(), jnp.where(reached == 0, at[0], between), at[-1]).astype(jnp.float32)
+
+
+def evaluate(config: Config, state: State) -> dict:
+    """All that was measured, and the numbers that matter of the arm whose capability seems lost (see `wrapped`)."""
+    log, arm, tests = state.log, wrapped(config), test_questions(config)
+    baselines, pruning = make_baselines(config), state.log["pruning"][arm]
+    at = jnp.asarray(reverse_points(config))
+    same_rate = [run.reverse_lr for run in baselines].index(make_arms(config)[arm].reverse_lr)
+    revival = jax.vmap(steps_to, (1, None))(log["reverse"], at)
+    revival = jnp.where(jnp.isnan(log["reverse"][-1]), jnp.nan, revival)
+    labels = {name: tests[name][:, config.language.art + 1] for name in ("a", "b", "b linked")}
+    natural = family_questions(config)[:, :, config.language.art + 1]
+    numbers = {
+        "majority_a": majority(labels["a"]),
+        "pretrained_a": log["finetune"][0, arm, 0],
+        "tuned_a": log["finetune"][-1, arm, 0],
+        "tuned_b_unlinked": log["finetune"][-1, arm, 1],
+        "tuned_b_linked": log["finetune"][-1, arm, 2],
+        "pruned_a": pruning[pruning[:, 0].argmax(), 1],
+        "probe_a_before": log["before_probes"][0, 0].max(),
+        "probe_a_after": log["after_probes"][arm, 0].max(),
+        "probe_a_random_model": log["before_probes"][-1, 0].max(),
+        "revival_steps": revival[arm],
+        "revival_steps_scratch_ft": revival[len(make_arms(config)) + same_rate],
+        "revival_steps_scratch": revival[-1],
+    }
+    curves = {"accuracy_reverse": log["reverse"][:, arm], "accuracy_pruned": pruning[:, 1]}
+    curves |= {"probes_before": log["before_probes"][0, 0], "probes_after": log["after_probes"][arm, 0]}
+    majorities = {"majority_tests": jnp.stack([majority(x) for x in labels.values()]), "majority_families": majority(natural)}
+    return numbers | curves | log | majorities | {"revival": revival}
+
+
+if __name__ == "__main__":
+    run(
+        cli(Config, __doc__, {"cpu": CPU, "paper": PAPER}),
+        make_train,
+        highlights=("pretrain_loss", "finetune_loss", "reverse_loss"),
+    )
