@@ -55,10 +55,14 @@ class Config(RunConfig):
     """What to train: all, or one part (`dynamics` trains the latent actions with it); or `sample`: a film of a trained run."""
     load: str | None = None
     """A run's folder, whose parameters to begin with. Default for `dynamics` and `sample`: the newest run."""
-    data: str = "dots"
-    """Where clips come from: dots, or an .npz of videos, uint8 (videos, frames, height, width, 3)."""
+    data: str = "coinrun"
+    """Where clips come from: coinrun, dots, or an .npz of videos, uint8 (videos, frames, height, width, 3)."""
     size: int = 64
-    """Height and width of generated frames, in pixels."""
+    """Height and width of the frames of dots, in pixels."""
+    num_levels: int = 10_000
+    """CoinRun's levels to learn from; those to test on come after them."""
+    sticky: float = 0.0
+    """Probability that CoinRun's random policy repeats its last action."""
     num_frames: int = 16
     """Frames of a clip, and how far back the model sees (T)."""
 
@@ -149,7 +153,7 @@ class Config(RunConfig):
         super().__post_init__()
         for name in (field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused")):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        require_range(self, 0, 1, "mask_low", "clean_context", "beta1", "beta2")
+        require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2")
         require_range(self, 0, 1000, "beta", "weight_decay", "temperature")
         for name in ("tokenizer_width", "lam_width", "dynamics_width"):
             width = getattr(self, name)
@@ -169,9 +173,9 @@ class Config(RunConfig):
 PAPER = Config(log_every=50, eval_every=5000, save_every=1000, preset="paper")
 CPU = replace(
     PAPER, preset="cpu", num_updates=4000, tokenizer_updates=1500, tokenizer_batch=8, batch_size=8, log_every=50, eval_every=500,
-    save_every=500, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2, decoder_blocks=2, lam_width=96,
-    lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3, tokenizer_warmup=100, lr=1e-3, lr_min=1e-4,
-    warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
+    save_every=500, num_levels=500, sticky=0.8, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2,
+    decoder_blocks=2, lam_width=96, lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3,
+    tokenizer_warmup=100, lr=1e-3, lr_min=1e-4, warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
 )  # fmt: skip
 
 
@@ -578,7 +582,8 @@ def num_patches(shape: tuple[int, int], patch: int) -> int:
 
 def source_of(config: Config) -> Source:
     """The clips' source. Raises UsageError where frames cannot be cut into patches."""
-    source = make_source(config.data, config.num_frames, config.size)
+    args = (config.data, config.num_frames, config.size, config.num_levels, config.sticky)
+    source = make_source(*args)
     for name in ("patch", "lam_patch"):
         size = getattr(config, name)
         fits = source.shape[0] % size == 0 and source.shape[1] % size == 0

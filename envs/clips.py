@@ -1,4 +1,4 @@
-"""Short clips of video to learn from, without actions: a world of a moving dot, or videos of one's own.
+"""Short clips of video to learn from, without actions: CoinRun, a world of a moving dot, or videos of one's own.
 
 A source gives clips of frames (num, T, H, W, 3) uint8 and, for evaluation only, what truly happened between each two frames.
 """
@@ -13,8 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.config import require
+from common.env import select
+from envs.coinrun import PIXELS, CoinRun, EnvParams
 
 MOVES = np.array([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]], np.int32)  # the dot: stay, left, right, up, down (rows down, columns)
+POOL, HELD_OUT_LEVELS, LEAD = 256, 64, 128  # games going on; levels tested on; the most steps played before a game's first clip
 HELD_OUT = 0.1  # share of one's own videos, the last ones
 
 
@@ -35,9 +38,89 @@ class Source(NamedTuple):
     held_out: Callable[[jax.Array, int], Clips]  # key, num -> clips never trained on
 
 
-def make_source(data: str, num_frames: int, size: int) -> Source:
-    """`dots`, or the path of an .npz of videos. Raises UsageError for a file that holds none."""
+def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
+    """`coinrun`, `dots`, or the path of an .npz of videos. Raises UsageError for a file that holds none."""
+    if data == "coinrun":
+        return coinrun(num_frames, num_levels, sticky)
     return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames)
+
+
+# --- CoinRun
+
+
+class Games(NamedTuple):
+    """Games of CoinRun that go on from clip to clip."""
+
+    state: Any  # EnvState (POOL, ...)
+    action: jax.Array  # (POOL,) int32: the last one
+
+
+def coinrun(num_frames: int, num_levels: int, sticky: float) -> Source:
+    """Hard CoinRun, levels 0 .. num_levels - 1, and the next HELD_OUT_LEVELS to test on (Genie, appendix F.1).
+
+    The policy repeats its action with probability `sticky` and else takes any of the 15. A game that ends within a clip stays at
+    its last frame, and begins anew before its next clip. `change`: in which of 9 directions the player moved, by over half a pixel.
+    """
+    env = CoinRun()
+    train, test = (EnvParams(env.levels(first + np.arange(num))) for first, num in ((0, num_levels), (num_levels, HELD_OUT_LEVELS)))
+
+    def act(key, games: Games) -> jax.Array:
+        key_new, key_keep = jax.random.split(key)
+        new = jax.random.randint(key_new, games.action.shape, 0, env.num_actions)
+        return jnp.where(jax.random.uniform(key_keep, new.shape) < sticky, games.action, new)
+
+    def step(key, games: Games, done, params) -> tuple[Games, jax.Array]:
+        """One step of the games that are not done."""
+        action = act(key, games)
+        _, state, _, ended, _ = jax.vmap(env.step_env, (None, 0, 0, None))(key, games.state, action, params)
+        state = jax.vmap(select)(done, games.state, state)
+        return Games(state, action), done | ended | (state.time >= params.max_steps_in_episode)
+
+    def begin(key, num, params) -> Games:
+        """Games on levels of their own, each some steps from its start."""
+        key_level, key_lead, key_play = jax.random.split(key, 3)
+        level = jax.random.randint(key_level, (num,), 0, params.levels.themes.shape[0])
+        lead = jax.random.randint(key_lead, (num,), 0, LEAD)
+        start = Games(jax.vmap(env.reset_to_level, (0, None))(level, params), jnp.full(num, 4))
+
+        def play(carry, inputs):
+            games, done = carry
+            games, ended = step(inputs[0], games, done | (inputs[1] >= lead), params)
+            return (games, done | (ended & (inputs[1] < lead))), None
+
+        carry = (start, jnp.zeros(num, bool))
+        (games, done), _ = jax.lax.scan(play, carry, (jax.random.split(key_play, LEAD), jnp.arange(LEAD)))
+        return jax.vmap(select)(done, start, games)
+
+    def film(key, games: Games, params) -> tuple[Clips, Games, jax.Array]:
+        """num_frames frames of every game -> clips, games, which of them are over."""
+
+        def frame(carry, key):
+            games, done = carry
+            image = jax.vmap(env.render, (0, None))(games.state, params)
+            place = jnp.stack([games.state.x, games.state.y])
+            return step(key, games, done, params), (image, place)
+
+        start = (games, jnp.zeros(games.action.shape, bool))
+        (games, done), (frames, place) = jax.lax.scan(frame, start, jax.random.split(key, num_frames))
+        moved = jnp.diff(place, axis=0) * (PIXELS / 13)  # (T - 1, 2, num) pixels
+        way = jnp.where(jnp.abs(moved) > 0.5, jnp.sign(moved), 0).astype(jnp.int32) + 1
+        return Clips(frames.swapaxes(0, 1), (3 * way[:, 0] + way[:, 1]).T), games, done
+
+    def draw(key, world: Games, num):
+        key_which, key_film, key_begin = jax.random.split(key, 3)
+        which = jax.random.choice(key_which, POOL, (num,), replace=False)
+        clips, games, done = film(key_film, jax.tree.map(lambda x: x[which], world), train)
+        fresh = jax.random.randint(key_begin, (num,), 0, num_levels)
+        fresh = Games(jax.vmap(env.reset_to_level, (0, None))(fresh, train), jnp.full(num, 4))
+        games = jax.vmap(select)(done, fresh, games)
+        return clips, jax.tree.map(lambda old, new: old.at[which].set(new), world, games)
+
+    def held_out(key, num):
+        key_begin, key_film = jax.random.split(key)
+        return film(key_film, begin(key_begin, num, test), test)[0]
+
+    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, POOL, train), draw, held_out)
 
 
 # --- a world of one dot
