@@ -22,13 +22,20 @@ SMALL |= dict(teacher_hidden=8, teacher_filters=2, search_every=2, search_batche
 SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an episode must end for its level to enter the buffer
 SMALL |= dict(population_size=4, num_opponents=1, num_episodes=2, eval_learners=2)  # the trials of the shapers
 SMALL |= dict(robot="hopper", batch_size=8, episode_length=10, num_cells=16, cvt_samples=64, num_emitters=2)
+SMALL |= dict(data="dots", size=16, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, heads=2, ffn=2)
+SMALL |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2)
+SMALL |= dict(encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1, eval_clips=4, warmup=1, tokenizer_warmup=1)
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"})]
 VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
 VARIANTS += [("paired", {"score": "population_regret", "num_students": 3}), ("paired", {"score": "neg_return", "num_students": 1})]
 VARIANTS += [("mix_me", {"emitter": "cma_me"})]
-SHOWN = {"shaper": ("eval_shaper", None), "mix_me": ("qd_score", "elites")}  # the score and the film of evaluations
+SHOWN = {
+    "shaper": ("eval_shaper", None),
+    "mix_me": ("qd_score", "elites"),
+    "genie": ("delta4_psnr", "controls"),
+}  # the score and the film of evaluations
 
 
 def learned(state):
@@ -78,7 +85,9 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
     used = set(re.findall(r"= (\w+)[\[ ]", text + update))
     assert {"dot_general", "scan"} <= used
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
-    branching = name in ("sfl", "mix_me") or (name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel)
+    branching = name in ("sfl", "mix_me", "genie") or (
+        name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel
+    )
     assert ("cond[" in update) == branching
 
 
