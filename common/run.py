@@ -53,8 +53,11 @@ def nothing_like(function, *args):
     return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype), like)
 
 
-def run(config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple[str, ...] = ()) -> None:
+def run(
+    config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple[str, ...] = (), given: Callable[[], dict] | None = None
+) -> None:
     """Trains, evaluates, logs and saves, then prints a table. `highlights` name the metrics shown beside the progress bar.
+    `given()` are fields of the State, as numpy with an axis of seeds, with which a new run begins instead of `init`'s.
 
     Ends the program with one line and code 2 if the request cannot be met, before anything is compiled or overwritten; with one
     line and code 1 if the run cannot go on.
@@ -64,7 +67,7 @@ def run(config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple
         mesh = make_mesh(config.num_seeds, config.split_size)
         with jax.set_mesh(mesh):
             files = RunFiles(config, method_name())
-            if train_and_record(Programs(config, make_train(config), mesh), files, stop, highlights):
+            if train_and_record(Programs(config, make_train(config), mesh), files, stop, highlights, given):
                 print_results(files)
 
 
@@ -98,7 +101,13 @@ def faults_in_one_line():
         die(str(error), 1)
 
 
-def train_and_record(programs: "Programs", files: RunFiles, stop: StopSignal, highlights: tuple[str, ...] = ()) -> bool:
+def train_and_record(
+    programs: "Programs",
+    files: RunFiles,
+    stop: StopSignal,
+    highlights: tuple[str, ...] = (),
+    given: Callable[[], dict] | None = None,
+) -> bool:
     """Trains from where the folder's run is to the end, and writes what comes of it -> whether it came to the end.
 
     Raises Fault where the run cannot go on; what was saved before stays.
@@ -109,6 +118,8 @@ def train_and_record(programs: "Programs", files: RunFiles, stop: StopSignal, hi
     if jax.process_count() == 1:  # several processes end together, or the others would wait for the one that is gone
         stop.give_up = lambda: print(f"stopped before the chunk's end; {where_to_go_on(files)}", flush=True)
     state, start = files.open(programs)
+    if given and start == 0:
+        state = state._replace(**programs.place(given()))
     programs.compile()
     console.print(
         f"[bold]{files.method}[/bold]: {len(files.lanes)} seeds on {jax.device_count()} devices, "

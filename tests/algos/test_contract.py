@@ -25,6 +25,9 @@ SMALL |= dict(robot="hopper", batch_size=8, episode_length=10, num_cells=16, cvt
 SMALL |= dict(sweep="single", eval_strings=8, candidates=2)  # the study of tracr as one setting
 SMALL |= dict(pretrain_updates=2, finetune_updates=1, batch_size=8, width=8, layers=1, heads=2, length=12, window=5, occurrence=1)
 SMALL |= dict(priors=(0.999,), finetune_lrs=(1e-3,), eval_size=8, probe_size=16, probe_updates=2)
+SMALL |= dict(data="dots", size=16, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, heads=2, ffn=2)
+SMALL |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2)
+SMALL |= dict(encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1, eval_clips=4, warmup=1, tokenizer_warmup=1)
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper", {"method": "mfos", "trainer": "ppo"})]
@@ -39,6 +42,7 @@ SHOWN = {
     "mix_me": ("qd_score", "elites"),
     "tracr": ("a_ce0", None),
     "finetuning": ("tuned_a", None),
+    "genie": ("delta4_psnr", "controls"),
 }  # the score and the film of evaluations
 
 
@@ -90,6 +94,7 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
     assert "scan" in used and ("dot_general" in used or name in ("lola", "shaper"))  # tiny products are written out there
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
     branching = name in ("sfl", "mix_me", "finetuning") or (
+    branching = name in ("sfl", "mix_me", "genie") or (
         name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel
     )
     assert ("cond[" in update) == branching

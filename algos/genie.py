@@ -1,0 +1,875 @@
+"""Genie: a playable world learned from video without actions (Bruce et al., 2402.15391).
+
+A tokenizer (VQ-VAE) turns frames into integers. A latent action model (another VQ-VAE, on pixels) finds a handful of codes that say
+what changed between frames. A masked transformer (MaskGIT) predicts the next frame's tokens from the past and a code. Then a person
+who picks codes plays the world. What counts is whether frames obey the codes: Delta_4 PSNR, the PSNR lost when codes are random.
+
+Run:     python algos/genie.py all        (the tokenizer, then the latent actions and the dynamics together)
+         python algos/genie.py sample --load runs/genie/1       (each code held from held-out frames: a film)
+         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data videos.npz learns from your own
+
+Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
+
+Expect:  videos/controls.gif in which each column of frames moves as its code says
+
+Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):
+ 1. Codes are compared on the unit sphere, beta is 0.25, and a code unused for `restart_unused` updates begins anew at an
+    encoder's output (the codebook's update is not given).
+ 2. Position in time is rotary, in space learned; pre-norm; feed-forward layers of `ffn` times the width (none of it is given).
+ 3. An action token is added to every frame of the latent action model's encoder, and read there (not given).
+ 4. Frame t + 1's tokens are predicted in place, from its own unmasked tokens, all frames before, and the code of t -> t + 1 added
+    to each of them (the text also allows a shift by a frame).
+ 5. With probability `clean_context` a clip's frames before a random one are unmasked, as they are when it is played (0).
+ 6. Frames within a clip are not masked at frame 1 (as the paper) and the loss is on masked tokens only (not given).
+ 7. t = 4 counts generated frames, after a prompt of `prompt_frames`; random codes are uniform; PSNR is averaged in dB over clips.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tyro.conf import Positional
+
+from common.checkpoint import load, newest_good, read_meta
+from common.config import RunConfig, cli, require, require_range
+from common.devices import shard_batch
+from common.files import new_or_newest
+from common.nn import dense, init_dense, orthogonal
+from common.plot import save_gif
+from common.run import Train, begin, faults_in_one_line, nothing_like, run
+from envs.clips import Source, make_source
+
+Kind = Literal["st_vivit", "vit", "c_vivit"]
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    """Genie's settings; the defaults are the CoinRun case study's (tables 15 to 17)."""
+
+    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample"]] = "all"
+    """What to train: all, or one part (`dynamics` trains the latent actions with it); or `sample`: a film of a trained run."""
+    load: str | None = None
+    """A run's folder, whose parameters to begin with. Default for `dynamics` and `sample`: the newest run."""
+    data: str = "coinrun"
+    """Where clips come from: coinrun, dots, or an .npz of videos, uint8 (videos, frames, height, width, 3)."""
+    size: int = 64
+    """Height and width of the frames of dots, in pixels."""
+    num_levels: int = 10_000
+    """CoinRun's levels to learn from; those to test on come after them."""
+    sticky: float = 0.0
+    """Probability that CoinRun's random policy repeats its last action."""
+    num_frames: int = 16
+    """Frames of a clip, and how far back the model sees (T)."""
+
+    num_updates: int = 500_000
+    """Learning steps per seed; in `all` the first tokenizer_updates of them train the tokenizer."""
+    tokenizer_updates: int = 300_000
+    """Learning steps of the tokenizer in `all`."""
+    tokenizer_batch: int = 48
+    """Clips of each of the tokenizer's updates."""
+    batch_size: int = 36
+    """Clips of each update of the latent actions and the dynamics."""
+
+    tokenizer: Kind = "st_vivit"
+    """Attention of the tokenizer: in space, then in time (st_vivit); in space only (vit); over all tokens at once (c_vivit)."""
+    patch: int = 4
+    """Pixels a side of the tokenizer's patches."""
+    num_codes: int = 1024
+    """Tokens there are."""
+    code_dim: int = 32
+    """Length of codebook vectors, of tokens and of actions."""
+    tokenizer_width: int = 512
+    """Width of the tokenizer (d)."""
+    encoder_blocks: int = 8
+    """ST blocks of the tokenizer's encoder."""
+    decoder_blocks: int = 8
+    """ST blocks of the tokenizer's decoder."""
+    lam_input: Literal["pixels", "tokens"] = "pixels"
+    """What the latent action model sees and predicts."""
+    num_actions: int = 6
+    """Latent actions (|A|)."""
+    lam_patch: int = 16
+    """Pixels a side of the latent action model's patches."""
+    lam_width: int = 512
+    """Width of the latent action model."""
+    lam_blocks: int = 8
+    """ST blocks of its encoder, and of its decoder."""
+    dynamics_width: int = 512
+    """Width of the dynamics model."""
+    dynamics_blocks: int = 12
+    """ST blocks of the dynamics model."""
+    action_input: Literal["add", "prepend"] = "add"
+    """How an action enters the dynamics: added to the tokens of its frame, or as one more token."""
+    heads: int = 8
+    """Attention heads, everywhere."""
+    ffn: int = 4
+    """Hidden width of feed-forward layers, in widths."""
+    qk_norm: bool = True
+    """Normalise queries and keys of the dynamics model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the dynamics model computes in."""
+
+    mask_low: float = 0.5
+    """Lowest masking rate; a clip's is uniform between this and 1."""
+    clean_context: float = 0.0
+    """Probability that a clip's first frames, a random number of them, are not masked."""
+    beta: float = 0.25
+    """Weight of the commitment loss."""
+    restart_unused: int = 50
+    """Updates after which a code that was not used begins anew; 0: never."""
+
+    tokenizer_lr: float = 3e-4
+    """Learning rate of the tokenizer, constant after tokenizer_warmup."""
+    tokenizer_warmup: int = 10_000
+    """Updates over which it rises from 0."""
+    lr: float = 3e-5
+    """Highest learning rate of the latent actions and the dynamics."""
+    lr_min: float = 3e-6
+    """Their last learning rate; a cosine leads there."""
+    warmup: int = 5_000
+    """Updates over which theirs rises from 0."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean."""
+    beta2: float = 0.9
+    """AdamW's decay of the square."""
+    weight_decay: float = 1e-4
+    """AdamW's weight decay."""
+
+    maskgit_steps: int = 25
+    """Steps in which a frame's tokens are decided."""
+    temperature: float = 1.0
+    """Temperature at which tokens are drawn; 0: the likeliest."""
+    prompt_frames: int = 1
+    """Frames given before a rollout in evaluations."""
+    eval_clips: int = 64
+    """Held-out clips of an evaluation."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in (field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused")):
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2")
+        require_range(self, 0, 1000, "beta", "weight_decay", "temperature")
+        for name in ("tokenizer_width", "lam_width", "dynamics_width"):
+            width = getattr(self, name)
+            require(width % (2 * self.heads) == 0, f"--{name.replace('_', '-')} {width}: must be a multiple of 2 * heads")
+        require(self.data != "dots" or self.size % 8 == 0, f"--size {self.size}: must be a multiple of 8")
+        longest = self.num_frames - 4
+        require(self.prompt_frames <= longest, f"--prompt-frames {self.prompt_frames}: 4 more must fit: at most {longest}")
+        if self.stage == "all":
+            fits = self.tokenizer_updates < self.num_updates
+            require(fits, f"--tokenizer-updates {self.tokenizer_updates}: must be below --num-updates {self.num_updates}")
+
+    @property
+    def split_size(self) -> int:
+        return int(np.gcd(self.tokenizer_batch, self.batch_size))
+
+
+PAPER = Config(log_every=50, eval_every=5000, save_every=1000, preset="paper")
+CPU = replace(
+    PAPER, preset="cpu", num_updates=4000, tokenizer_updates=1500, tokenizer_batch=8, batch_size=8, log_every=50, eval_every=500,
+    save_every=500, num_levels=500, sticky=0.8, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2,
+    decoder_blocks=2, lam_width=96, lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3,
+    tokenizer_warmup=100, lr=1e-3, lr_min=1e-4, warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
+)  # fmt: skip
+
+
+class State(NamedTuple):
+    """All of one seed's run. Every stage has the parts of all, so that any run can begin from any other."""
+
+    params: dict  # tokenizer, lam, dynamics
+    opt_state: dict  # tokenizer, world (lam and dynamics)
+    unused: dict  # tokenizer (K,), lam (|A|,) int32: updates since a code was last used
+    world: Any  # where the clips come from
+    key: jax.Array
+
+
+# --- ST transformer (section 2, figure 4)
+
+
+class Spec(NamedTuple):
+    """What is static of a stack of blocks."""
+
+    heads: int
+    window: int  # frames that attention in time spans, the newest included
+    kind: Kind = "st_vivit"
+    qk_norm: bool = False
+    dtype: str = "float32"
+
+
+class Cache(NamedTuple):
+    """Keys and values of the frames before, for L blocks, in the S = window - 1 places of a ring: frame t is at t % S."""
+
+    k: jax.Array  # (L, B, S, N, heads, c)
+    v: jax.Array  # (L, B, S, N, heads, c)
+    t: jax.Array  # () int32: frames seen
+
+
+def init_block(key, width: int, ffn: int, heads: int, kind: Kind) -> dict:
+    """One block: attention in space, attention in time, ONE feed-forward layer after both."""
+    keys, params = jax.random.split(key, 6), {}
+    kept = {"st_vivit": ("space", "time"), "vit": ("space",), "c_vivit": ("time",)}[kind]
+    for name, key_qkv, key_out in zip(kept, keys[:2], keys[2:4], strict=False):
+        scale = jnp.ones((2, width // heads))  # of queries and keys, where they are normalised
+        qkv, out = init_dense(key_qkv, width, 3 * width, 1.0), init_dense(key_out, width, width, 0.5)
+        params[name] = {"norm": jnp.ones(width), "qkv": qkv, "out": out, "qk_scale": scale}
+    up, down = init_dense(keys[4], width, ffn * width), init_dense(keys[5], ffn * width, width, 0.5)
+    return params | {"ffn": {"norm": jnp.ones(width), "up": up, "down": down}}
+
+
+def init_st(key, n_in: int, n_out: int, num_tokens: int, width: int, blocks: int, config: Config, kind: Kind = "st_vivit") -> dict:
+    """Input layer, positions in space, blocks (stacked), output layer."""
+    key_in, key_space, key_blocks, key_out = jax.random.split(key, 4)
+    one = lambda key: init_block(key, width, config.ffn, config.heads, kind)
+    return {
+        "in": init_dense(key_in, n_in, width, 1.0),
+        "space": 0.1 * jax.random.normal(key_space, (num_tokens, width)),
+        "blocks": jax.vmap(one)(jax.random.split(key_blocks, blocks)),
+        "norm": jnp.ones(width),
+        "out": init_dense(key_out, width, n_out, 1.0),
+    }
+
+
+def rms_norm(scale, x) -> jax.Array:
+    """x / rms(x) * scale over the last axis."""
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+def rotate(x, time) -> jax.Array:
+    """Rotary positions (2104.09864): x (B, T, N, heads, c), time (T,); products of queries and keys know only differences."""
+    half = x.shape[-1] // 2
+    angle = time[:, None] * 100.0 ** (-jnp.arange(half) / half)
+    cos, sin = (f(angle)[:, None, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def project(p, x, spec: Spec):
+    """Queries, keys and values (B, T, N, heads, c) of x (B, T, N, d)."""
+    q, k, v = jnp.split(dense(p["qkv"], rms_norm(p["norm"], x)), 3, axis=-1)
+    q, k, v = (y.reshape(*x.shape[:-1], spec.heads, -1) for y in (q, k, v))
+    if spec.qk_norm:
+        q, k = rms_norm(p["qk_scale"][0], q), rms_norm(p["qk_scale"][1], k)
+    return q, k, v
+
+
+def attend(q, k, v, mask=None) -> jax.Array:
+    """softmax(q k' / sqrt(c)) v: (..., Q, heads, c), 2 x (..., K, heads, c), mask (Q, K) -> (..., Q, heads * c)."""
+    score = jnp.einsum("...qhc,...khc->...hqk", q * q.shape[-1] ** -0.5, k)
+    score = score if mask is None else jnp.where(mask, score, -1e9)
+    y = jnp.einsum("...hqk,...khc->...qhc", jax.nn.softmax(score, axis=-1), v)
+    return y.reshape(*y.shape[:-2], -1)
+
+
+def attend_time(q, k, v, mask, kind: Kind) -> jax.Array:
+    """Attention to frames, position by position, or (c_vivit) of all tokens to all: (B, T, N, heads, c) -> (B, T, N, d)."""
+    batch, length, num, *_ = q.shape
+    if kind == "c_vivit":
+        q, k, v = (x.reshape(batch, -1, *x.shape[3:]) for x in (q, k, v))
+        return attend(q, k, v, mask.repeat(num, 0).repeat(num, 1)).reshape(batch, length, num, -1)
+    return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
+
+
+def block(p, x, spec: Spec, mask, time, past):
+    """x (B, T, N, d), past: none, or keys and values (B, S, N, heads, c) of frames before -> x, the new keys and values."""
+    k = v = ()
+    if "space" in p:
+        x = x + dense(p["space"]["out"], attend(*project(p["space"], x, spec)))
+    if "time" in p:
+        q, k, v = project(p["time"], x, spec)
+        q, k = rotate(q, time), rotate(k, time)
+        ks, vs = (k, v) if past is None else (jnp.concatenate([old, new], axis=1) for old, new in zip(past, (k, v), strict=True))
+        x = x + dense(p["time"]["out"], attend_time(q, ks, vs, mask, spec.kind))
+    hidden = jax.nn.gelu(dense(p["ffn"]["up"], rms_norm(p["ffn"]["norm"], x)))
+    return x + dense(p["ffn"]["down"], hidden), (k, v)
+
+
+def st_blocks(params, x, spec: Spec, cache: Cache | None = None):
+    """x (B, T, N, d) -> the same after all blocks, and the cache with this frame in it. With a cache T is 1.
+
+    A frame sees itself and the window - 1 frames before it, in every block; so keys and values of past frames never change, and
+    the cached step gives what the whole sequence would.
+    """
+    dtype = jnp.dtype(spec.dtype)
+    blocks, x = jax.tree.map(lambda y: y.astype(dtype), (params["blocks"], x))
+    if cache is None:
+        time = jnp.arange(x.shape[1])
+        ago = time[:, None] - time
+        mask = (ago >= 0) & (ago < spec.window)
+        x, _ = jax.lax.scan(lambda x, p: (block(p, x, spec, mask, time, None)[0], None), x, blocks)
+        return x.astype(jnp.float32), None
+    slots = spec.window - 1
+    mask = jnp.append(jnp.arange(slots) < cache.t, True)[None]
+    step = lambda x, inputs: block(inputs[0], x, spec, mask, cache.t[None], inputs[1:])
+    x, new = jax.lax.scan(step, x, (blocks, cache.k, cache.v))
+    k, v = jax.tree.map(lambda old, now: old.at[:, :, cache.t % slots].set(now[:, :, 0]), (cache.k, cache.v), new)
+    return x.astype(jnp.float32), Cache(k, v, cache.t + 1)
+
+
+def init_cache(params, spec: Spec, batch: int, num_tokens: int) -> Cache:
+    """A cache before the first frame; nothing in it for `vit`."""
+    blocks, width = params["blocks"]["ffn"]["norm"].shape
+    shape = (blocks, batch, spec.window - 1, num_tokens, spec.heads, width // spec.heads)
+    empty = () if spec.kind == "vit" else jnp.zeros(shape, spec.dtype)
+    return Cache(empty, empty, jnp.int32(0))
+
+
+def st(params, x, spec: Spec, extra=0.0, cache: Cache | None = None):
+    """Input layer, plus positions and `extra`, blocks, output layer: (B, T, N, n_in) -> (B, T, N, n_out), cache."""
+    x, cache = st_blocks(params, dense(params["in"], x) + params["space"] + extra, spec, cache)
+    return dense(params["out"], rms_norm(params["norm"], x)), cache
+
+
+# --- patches and codes
+
+
+def patchify(frames, size: int) -> jax.Array:
+    """(B, T, H, W, 3) uint8 -> (B, T, N, size * size * 3) in [0, 1], patches row by row."""
+    b, t, h, w, c = frames.shape
+    x = frames.reshape(b, t, h // size, size, w // size, size, c).swapaxes(3, 4)
+    return x.reshape(b, t, -1, size * size * c).astype(jnp.float32) / 255
+
+
+def unpatchify(x, size: int, shape: tuple[int, int]) -> jax.Array:
+    """(B, T, N, size * size * 3) -> (B, T, H, W, 3)."""
+    b, t, h, w = *x.shape[:2], shape[0] // size, shape[1] // size
+    return x.reshape(b, t, h, w, size, size, 3).swapaxes(3, 4).reshape(b, t, *shape, 3)
+
+
+def unit(x) -> jax.Array:
+    """x / |x|."""
+    return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-8)
+
+
+def quantise(codebook, e):
+    """The nearest code of e (..., code_dim): straight-through, its index, ||sg(e) - q||^2 and ||e - sg(q)||^2 (1711.00937)."""
+    codebook = unit(codebook)
+    index = (e @ codebook.T).argmax(-1)  # on the unit sphere the nearest is the one of largest product
+    q, sg = codebook[index], jax.lax.stop_gradient
+    return e + sg(q - e), index, ((sg(e) - q) ** 2).mean(), ((e - sg(q)) ** 2).mean()
+
+
+def restart(key, codebook, unused, index, e, after: int):
+    """Codes that were not used for `after` updates begin anew at outputs e (M, code_dim) of the encoder -> codebook, unused."""
+    unused = (unused + 1).at[index.reshape(-1)].set(0)
+    if not after:
+        return codebook, unused
+    dead = unused >= after
+    place = jax.random.randint(key, unused.shape, 0, e.shape[0])
+    return jnp.where(dead[:, None], e[place], codebook), jnp.where(dead, 0, unused)
+
+
+def perplexity(index, num: int) -> jax.Array:
+    """exp of the entropy of the codes' frequencies."""
+    share = jax.nn.one_hot(index.reshape(-1), num).mean(0)
+    return jnp.exp(-(share * jnp.log(share + 1e-9)).sum())
+
+
+# --- tokenizer (section 2.1, appendix C.2)
+
+
+def tokenizer_spec(config: Config) -> Spec:
+    return Spec(config.heads, config.num_frames, config.tokenizer)
+
+
+def init_tokenizer(key, config: Config, shape: tuple[int, int]) -> dict:
+    """Encoder, decoder, codebook."""
+    key_encoder, key_decoder, key_code = jax.random.split(key, 3)
+    num, pixels, width = num_patches(shape, config.patch), 3 * config.patch**2, config.tokenizer_width
+    size = (width, config.encoder_blocks, config, config.tokenizer)
+    return {
+        "encoder": init_st(key_encoder, pixels, config.code_dim, num, *size),
+        "decoder": init_st(key_decoder, config.code_dim, pixels, num, width, config.decoder_blocks, *size[2:]),
+        "codebook": jax.random.normal(key_code, (config.num_codes, config.code_dim)),
+    }
+
+
+def encode(params, x, config: Config) -> jax.Array:
+    """Patches (B, T, N, pixels) -> unit vectors (B, T, N, code_dim), each frame's from it and those before."""
+    return unit(st(params["encoder"], x, tokenizer_spec(config))[0])
+
+
+def tokenise(params, frames, config: Config) -> jax.Array:
+    """Frames (B, T, H, W, 3) -> tokens (B, T, N) int32."""
+    return quantise(params["codebook"], encode(params, patchify(frames, config.patch), config))[1]
+
+
+def decode(params, tokens, config: Config, cache: Cache | None = None):
+    """Tokens (B, T, N) -> patches (B, T, N, pixels) in [0, 1], cache."""
+    x, cache = st(params["decoder"], unit(params["codebook"])[tokens], tokenizer_spec(config), cache=cache)
+    return jax.nn.sigmoid(x), cache
+
+
+def tokenizer_loss(params, frames, config: Config):
+    """||x - x^||^2 + ||sg(e) - q||^2 + beta ||e - sg(q)||^2 -> loss, (metrics, indices, encoder outputs)."""
+    x = patchify(frames, config.patch)
+    e = encode(params, x, config)
+    q, index, codebook, commit = quantise(params["codebook"], e)
+    out = jax.nn.sigmoid(st(params["decoder"], q, tokenizer_spec(config))[0])
+    error = ((x - out) ** 2).mean()
+    metrics = {"tokenizer_loss": error, "tokenizer_perplexity": perplexity(index, config.num_codes), "tokenizer_commit": commit}
+    return error + codebook + config.beta * commit, (metrics, index, e)
+
+
+# --- latent action model (section 2.1, appendix C.1)
+
+
+def init_lam(key, config: Config, shape: tuple[int, int]) -> dict:
+    """Encoder with an action token, decoder, codebook of |A| codes."""
+    key_encoder, key_decoder, key_code, key_token, key_action = jax.random.split(key, 5)
+    tokens = config.lam_input == "tokens"
+    num = num_patches(shape, config.patch if tokens else config.lam_patch)
+    n_in, width = config.code_dim if tokens else 3 * config.lam_patch**2, config.lam_width
+    return {
+        "encoder": init_st(key_encoder, n_in, config.code_dim, num, width, config.lam_blocks, config),
+        "token": 0.1 * jax.random.normal(key_token, (width,)),
+        "decoder": init_st(key_decoder, n_in, n_in, num, width, config.lam_blocks, config),
+        "action": orthogonal(key_action, (config.code_dim, width)),
+        "codebook": jax.random.normal(key_code, (config.num_actions, config.code_dim)),
+    }
+
+
+def infer_actions(params, x, config: Config):
+    """x_1..x_T (B, T, N, n_in) -> e (B, T - 1, code_dim), where e_t is of x_t -> x_{t+1} and comes from x_1..x_{t+1}."""
+    encoder, spec = params["encoder"], Spec(config.heads, config.num_frames)
+    h = dense(encoder["in"], x) + encoder["space"]
+    token = jnp.broadcast_to(params["token"], (*x.shape[:2], 1, config.lam_width))
+    h, _ = st_blocks(encoder, jnp.concatenate([token, h], axis=2), spec)
+    return unit(dense(encoder["out"], rms_norm(encoder["norm"], h[:, 1:, 0])))
+
+
+def predict_next(params, x, actions, config: Config) -> jax.Array:
+    """x_1..x_{T-1} (B, T - 1, N, n_in), codes (B, T - 1, code_dim) -> x_2..x_T, where x_{t+1} comes from x_1..x_t, a_1..a_t."""
+    out, _ = st(params["decoder"], x, Spec(config.heads, config.num_frames), (actions @ params["action"])[:, :, None])
+    return jax.nn.sigmoid(out) if config.lam_input == "pixels" else out
+
+
+def lam_view(params, frames, config: Config) -> jax.Array:
+    """What the latent action model sees: patches of pixels, or (the ablation) the frozen tokenizer's codes."""
+    if config.lam_input == "pixels":
+        return patchify(frames, config.lam_patch)
+    codes = unit(params["tokenizer"]["codebook"])[tokenise(params["tokenizer"], frames, config)]
+    return jax.lax.stop_gradient(codes)
+
+
+def lam_loss(params, x, config: Config):
+    """The decoder's squared error, and the codebook's terms -> loss, (metrics, codes (B, T - 1, code_dim), indices, outputs)."""
+    e = infer_actions(params, x, config)
+    q, index, codebook, commit = quantise(params["codebook"], e)
+    error = ((predict_next(params, x[:, :-1], q, config) - x[:, 1:]) ** 2).mean()
+    metrics = {"lam_loss": error, "lam_perplexity": perplexity(index, config.num_actions), "lam_commit": commit}
+    return error + codebook + config.beta * commit, (metrics, q, index, e)
+
+
+# --- dynamics (section 2.1)
+
+
+def dynamics_spec(config: Config) -> Spec:
+    return Spec(config.heads, config.num_frames, qk_norm=config.qk_norm, dtype=config.dtype)
+
+
+def init_dynamics(key, config: Config, shape: tuple[int, int]) -> dict:
+    """A transformer over tokens, one more of which is MASK, with a matrix that lets an action in."""
+    key_st, key_action = jax.random.split(key)
+    num, width = num_patches(shape, config.patch), config.dynamics_width
+    params = init_st(key_st, config.num_codes + 1, config.num_codes, num, width, config.dynamics_blocks, config)
+    return params | {"action": orthogonal(key_action, (config.code_dim, width))}
+
+
+def predict_tokens(params, tokens, actions, config: Config, cache: Cache | None = None):
+    """Tokens (B, T, N), some MASK, the code that led to each frame (B, T, code_dim) or 0 -> logits (B, T, N, K), cache."""
+    h = params["in"]["w"][tokens] + params["in"]["b"] + params["space"]
+    action = (actions @ params["action"])[:, :, None]
+    add = config.action_input == "add"
+    h = h + action if add else jnp.concatenate([h, action], axis=2)
+    h, cache = st_blocks(params, h, dynamics_spec(config), cache)
+    h = h if add else h[:, :, :-1]
+    return dense(params["out"], rms_norm(params["norm"], h)), cache
+
+
+def draw_mask(key, shape: tuple[int, int, int], config: Config) -> jax.Array:
+    """Which tokens (B, T, N) are hidden: at a rate of each clip's own, never in frame 1, nor in a clip's clean context."""
+    key_rate, key_mask, key_clean, key_first = jax.random.split(key, 4)
+    batch, length, _ = shape
+    rate = jax.random.uniform(key_rate, (batch, 1, 1), minval=config.mask_low)
+    clean = jax.random.uniform(key_clean, (batch,)) < config.clean_context
+    first = jnp.where(clean, jax.random.randint(key_first, (batch,), 1, length), 1)
+    return (jax.random.uniform(key_mask, shape) < rate) & (jnp.arange(length) >= first[:, None])[..., None]
+
+
+def lead_in(codes) -> jax.Array:
+    """Codes of transitions (B, T - 1, code_dim) -> of the frames they lead to (B, T, code_dim), 0 for frame 1."""
+    return jnp.pad(codes, ((0, 0), (1, 0), (0, 0)))
+
+
+def dynamics_loss(params, key, tokens, codes, config: Config):
+    """Cross-entropy of the hidden tokens -> loss, metrics."""
+    mask = draw_mask(key, tokens.shape, config)
+    seen = jnp.where(mask, config.num_codes, tokens)
+    logits, _ = predict_tokens(params, seen, lead_in(codes), config)
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    right = logits.argmax(-1) == tokens
+    loss, accuracy = (jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+    return loss, {"dynamics_loss": loss, "dynamics_accuracy": accuracy}
+
+
+# --- sampling (section 2.2)
+
+
+def sample_frame(key, params, cache: Cache, action, config: Config):
+    """Draws one frame after those in the cache, given the code (B, code_dim) that leads to it -> tokens (B, N), the new cache.
+
+    MaskGIT (2202.04200): in every step all hidden tokens are drawn, and the surest are kept, a cosine's share.
+    """
+    num, steps = params["space"].shape[0], config.maskgit_steps
+
+    def logits_of(tokens):
+        logits, new = predict_tokens(params, tokens[:, None], action[:, None], config, cache)
+        return logits[:, 0], new
+
+    def step(tokens, inputs):
+        key, s = inputs
+        logits, _ = logits_of(tokens)
+        draw = jax.random.categorical(key, logits / max(config.temperature, 1e-6)) if config.temperature else logits.argmax(-1)
+        sure = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
+        known = tokens < config.num_codes
+        rank = jnp.where(known, -jnp.inf, -sure).argsort(-1).argsort(-1)
+        keep = jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / steps)))
+        return jnp.where(~known & (rank < keep), draw, tokens), None
+
+    hidden = jnp.full((action.shape[0], num), config.num_codes)
+    tokens, _ = jax.lax.scan(step, hidden, (jax.random.split(key, steps), jnp.arange(1, steps + 1)))
+    return tokens, logits_of(tokens)[1]
+
+
+def read_prompt(params, tokens, codes, config: Config) -> Cache:
+    """The dynamics' cache after a prompt: tokens (B, P, N), codes that lead to each of its frames (B, P, code_dim)."""
+    width = params["space"].shape[0] + (config.action_input == "prepend")
+    cache = init_cache(params, dynamics_spec(config), tokens.shape[0], width)
+
+    def step(cache, inputs):
+        z, a = inputs
+        return predict_tokens(params, z[:, None], a[:, None], config, cache)[1], None
+
+    return jax.lax.scan(step, cache, (tokens.swapaxes(0, 1), codes.swapaxes(0, 1)))[0]
+
+
+def rollout(key, params, prompt, codes, config: Config) -> jax.Array:
+    """Prompt (B, P, N), codes that lead to each of T frames (B, T, code_dim) -> tokens (B, T, N), those after the prompt drawn."""
+    length = prompt.shape[1]
+    cache = read_prompt(params, prompt, codes[:, :length], config)
+
+    def step(cache, inputs):
+        tokens, cache = sample_frame(inputs[0], params, cache, inputs[1], config)
+        return cache, tokens
+
+    keys = jax.random.split(key, codes.shape[1] - length)
+    _, drawn = jax.lax.scan(step, cache, (keys, codes[:, length:].swapaxes(0, 1)))
+    return jnp.concatenate([prompt, drawn.swapaxes(0, 1)], axis=1)
+
+
+# --- training
+
+
+def num_patches(shape: tuple[int, int], patch: int) -> int:
+    return (shape[0] // patch) * (shape[1] // patch)
+
+
+def source_of(config: Config) -> Source:
+    """The clips' source. Raises UsageError where frames cannot be cut into patches."""
+    args = (config.data, config.num_frames, config.size, config.num_levels, config.sticky)
+    source = make_source(*args)
+    for name in ("patch", "lam_patch"):
+        size = getattr(config, name)
+        fits = source.shape[0] % size == 0 and source.shape[1] % size == 0
+        require(fits, f"--{name.replace('_', '-')} {size}: must divide frames of {source.shape[0]} x {source.shape[1]}")
+    return source
+
+
+def optimisers(config: Config) -> dict:
+    """AdamW: the tokenizer's with a constant rate, the others' with a cosine, both warmed up (tables 15 to 17)."""
+    updates = config.num_updates - (config.tokenizer_updates if config.stage == "all" else 0)
+    flat = optax.linear_schedule(0.0, config.tokenizer_lr, config.tokenizer_warmup)
+    cosine = optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup, max(updates, config.warmup + 1), config.lr_min)
+    adamw = partial(optax.adamw, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
+    return {"tokenizer": adamw(flat), "world": adamw(cosine)}
+
+
+def world_parts(config: Config) -> tuple[str, ...]:
+    """What is trained after the tokenizer."""
+    return ("lam",) if config.stage == "lam" else ("lam", "dynamics")
+
+
+def make_train(config: Config) -> Train:
+    """Genie as pure functions of one seed."""
+    source, txs, parts = source_of(config), optimisers(config), world_parts(config)
+
+    def init(key):
+        key, key_tokenizer, key_lam, key_dynamics, key_world = jax.random.split(key, 5)
+        params = {
+            "tokenizer": init_tokenizer(key_tokenizer, config, source.shape),
+            "lam": init_lam(key_lam, config, source.shape),
+            "dynamics": init_dynamics(key_dynamics, config, source.shape),
+        }
+        opt_state = {"tokenizer": txs["tokenizer"].init(params["tokenizer"])}
+        opt_state["world"] = txs["world"].init({name: params[name] for name in parts})
+        unused = {"tokenizer": jnp.zeros(config.num_codes, jnp.int32), "lam": jnp.zeros(config.num_actions, jnp.int32)}
+        return State(params, opt_state, unused, source.init(key_world), key)
+
+    def descend(name, params, opt_state, grads):
+        updates, opt_state = txs[name].update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    def renew(key, part, unused, index, e):
+        """The part with unused codes begun anew -> part, unused."""
+        codebook, unused = restart(key, part["codebook"], unused, index, e.reshape(-1, config.code_dim), config.restart_unused)
+        return part | {"codebook": codebook}, unused
+
+    def learn_tokenizer(state: State):
+        """One step of stage 1."""
+        key, key_draw, key_codes = jax.random.split(state.key, 3)
+        clips, world = source.draw(key_draw, state.world, config.tokenizer_batch)
+        params, frames = state.params["tokenizer"], shard_batch(clips.frames)
+        grads, (metrics, index, e) = jax.grad(tokenizer_loss, has_aux=True)(params, frames, config)
+        params, opt_state = descend("tokenizer", params, state.opt_state["tokenizer"], grads)
+        params, unused = renew(key_codes, params, state.unused["tokenizer"], index, e)
+        opt_state, unused = state.opt_state | {"tokenizer": opt_state}, state.unused | {"tokenizer": unused}
+        return State(state.params | {"tokenizer": params}, opt_state, unused, world, key), metrics
+
+    def world_loss(params, frozen, key, frames):
+        """Both losses of stage 2; no gradient goes from the dynamics to the codes, nor to the tokenizer."""
+        x = lam_view(frozen, frames, config)
+        loss, (metrics, q, index, e) = lam_loss(params["lam"], x, config)
+        if "dynamics" in params:
+            tokens = tokenise(frozen["tokenizer"], frames, config)
+            more, dynamics_metrics = dynamics_loss(params["dynamics"], key, tokens, jax.lax.stop_gradient(q), config)
+            loss, metrics = loss + more, metrics | dynamics_metrics
+        return loss, (metrics, index, e)
+
+    def learn_world(state: State):
+        """One step of stage 2: latent actions and dynamics on the same clips."""
+        key, key_draw, key_mask, key_codes = jax.random.split(state.key, 4)
+        clips, world = source.draw(key_draw, state.world, config.batch_size)
+        params, frames = {name: state.params[name] for name in parts}, shard_batch(clips.frames)
+        grads, (metrics, index, e) = jax.grad(world_loss, has_aux=True)(params, state.params, key_mask, frames)
+        params, opt_state = descend("world", params, state.opt_state["world"], grads)
+        lam, unused = renew(key_codes, params["lam"], state.unused["lam"], index, e)
+        opt_state, unused = state.opt_state | {"world": opt_state}, state.unused | {"lam": unused}
+        return State(state.params | params | {"lam": lam}, opt_state, unused, world, key), metrics
+
+    def with_all_metrics(learn, other):
+        def learn_and_pad(state):
+            new, metrics = learn(state)
+            return new, nothing_like(other, state)[1] | metrics
+
+        return learn_and_pad
+
+    def update(state: State, t):
+        if config.stage != "all":
+            return (learn_tokenizer if config.stage == "tokenizer" else learn_world)(state)
+        first, then = with_all_metrics(learn_tokenizer, learn_world), with_all_metrics(learn_world, learn_tokenizer)
+        return jax.lax.cond(t < config.tokenizer_updates, first, then, state)
+
+    return Train(init, update, partial(evaluate, config, source), config.num_updates)
+
+
+# --- evaluation
+
+
+def psnr(x, y) -> jax.Array:
+    """Peak signal to noise ratio in dB of frames in [0, 1], 50 at most: (..., H, W, 3) -> (...)."""
+    return -10 * jnp.log10(jnp.maximum(((x - jnp.clip(y, 0, 1)) ** 2).mean((-3, -2, -1)), 1e-5))
+
+
+def evaluate(config: Config, source: Source, state: State) -> dict:
+    """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
+    clips = source.held_out(jax.random.key(1), config.eval_clips)
+    tokens = tokenise(state.params["tokenizer"], clips.frames, config)
+    key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
+    results = tokenizer_results(state.params, clips.frames, tokens, config) | lam_results(state.params, clips, source, config)
+    if config.stage in ("tokenizer", "lam"):
+        return results
+    codes = actions_of(state.params, clips.frames, config)[0]
+    results |= token_results(key_mask, state.params, tokens, codes, config)
+    results |= delta_psnr(key_play, state.params, clips.frames, tokens, codes, config)
+    return results | {"controls": controls(key_film, state.params, tokens[:4], codes[:4], source.shape, config)}
+
+
+def actions_of(params, frames, config: Config):
+    """The codes' vectors (B, T - 1, code_dim) and indices (B, T - 1) of clips."""
+    e = infer_actions(params["lam"], lam_view(params, frames, config), config)
+    return quantise(params["lam"]["codebook"], e)[:2]
+
+
+def pixels(params, tokens, shape, config: Config) -> jax.Array:
+    """Tokens (B, T, N) -> frames (B, T, H, W, 3) in [0, 1]."""
+    return unpatchify(decode(params["tokenizer"], tokens, config)[0], config.patch, shape)
+
+
+def tokenizer_results(params, frames, tokens, config: Config) -> dict:
+    """PSNR of the reconstruction, and of the frame before in its place; codes used; a picture, truth above reconstruction."""
+    shape, truth = frames.shape[2:4], frames / 255
+    out = pixels(params, tokens, shape, config)
+    shown = jnp.stack([truth[:8, -1], out[:8, -1]])  # (2, 8, H, W, 3)
+    used = (jnp.zeros(config.num_codes).at[tokens.reshape(-1)].set(1)).mean()
+    return {
+        "psnr": psnr(truth, out).mean(),
+        "copy_psnr": psnr(truth[:, 1:], truth[:, :-1]).mean(),
+        "codes_used": used,
+        "reconstruction": to_uint8(shown.swapaxes(1, 2).swapaxes(2, 3).reshape(2 * shape[0], -1, 3)),
+    }
+
+
+def to_uint8(x) -> jax.Array:
+    return (255 * jnp.clip(x, 0, 1) + 0.5).astype(jnp.uint8)
+
+
+def lam_results(params, clips, source: Source, config: Config) -> dict:
+    """How much the inferred codes help the decoder against other clips' codes, in dB; what codes say of the true change."""
+    x = lam_view(params, clips.frames, config)
+    codes, index = actions_of(params, clips.frames, config)
+    error = lambda codes: ((predict_next(params["lam"], x[:, :-1], codes, config) - x[:, 1:]) ** 2).mean((-2, -1)) + 1e-10
+    lam_psnr, shuffled = (-10 * jnp.log10(error(c)).mean() for c in (codes, jnp.roll(codes, 1, axis=0)))
+    count = lambda change: jnp.einsum(
+        "bta,btc->ac", jax.nn.one_hot(index, config.num_actions), jax.nn.one_hot(change, source.num_changes)
+    )
+    table = count(clips.change)
+    return {
+        "lam_psnr": lam_psnr,
+        "lam_psnr_gain": lam_psnr - shuffled,
+        "code_perplexity": perplexity(index, config.num_actions),
+        "code_purity": table.max(1).sum() / table.sum(),
+        "code_information": information(table),
+        "code_information_chance": information(count(jnp.roll(clips.change, 1, axis=0))),
+        "codes_and_changes": table,
+    }
+
+
+def information(table) -> jax.Array:
+    """Mutual information over the smaller entropy, of a table of counts: 0 for independent, 1 where one tells the other."""
+    p = table / table.sum()
+    entropy = lambda q: -(q * jnp.log(q + 1e-12)).sum()
+    rows, columns = entropy(p.sum(1)), entropy(p.sum(0))
+    smaller = jnp.minimum(rows, columns)
+    return jnp.where(smaller > 1e-3, (rows + columns - entropy(p)) / smaller, 0.0)
+
+
+def token_results(key, params, tokens, codes, config: Config) -> dict:
+    """Cross-entropy (nats) of the last frame's tokens, all hidden: of the dynamics; of the tokens' frequencies; of the best mixture
+    of those with a copy of the frame before."""
+    seen = tokens.at[:, -1].set(config.num_codes)
+    logits = predict_tokens(params["dynamics"], seen, lead_in(codes), config)[0][:, -1]
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, -1, :, None], axis=-1)
+    share = jnp.zeros(config.num_codes).at[tokens.reshape(-1)].add(1.0) / tokens.size
+    unigram, same = share[tokens[:, -1]], tokens[:, -1] == tokens[:, -2]
+    weights = jnp.linspace(0, 1, 101)[:-1, None, None]  # the best of these on the very clips: it favours the baseline
+    copy = -jnp.log(weights * same + (1 - weights) * unigram).mean((1, 2)).min()
+    masked = dynamics_loss(params["dynamics"], key, tokens, codes, config)[0]
+    return {
+        "cross_entropy": -log_p.mean(),
+        "unigram_cross_entropy": -jnp.log(unigram).mean(),
+        "copy_cross_entropy": copy,
+        "masked_cross_entropy": masked,
+    }
+
+
+def delta_psnr(key, params, frames, tokens, codes, config: Config, draws: int = 2) -> dict:
+    """Delta_4 PSNR (section 3): PSNR of the 4th generated frame under inferred codes minus that under random ones, same key."""
+    key_draw, key_codes = jax.random.split(key)
+    prompt, frame = config.prompt_frames, config.prompt_frames + 3
+    truth, codes = frames[:, frame] / 255, codes[:, :frame]
+    codebook = unit(params["lam"]["codebook"])
+
+    def played(codes):
+        drawn = rollout(key_draw, params["dynamics"], tokens[:, :prompt], lead_in(codes), config)
+        return psnr(truth, pixels(params, drawn, frames.shape[2:4], config)[:, frame])
+
+    def at_random(key):
+        index = jax.random.randint(key, codes.shape[:2], 0, config.num_actions)
+        return played(codes.at[:, prompt - 1 :].set(codebook[index][:, prompt - 1 :]))
+
+    inferred = played(codes)
+    random = jax.lax.map(at_random, jax.random.split(key_codes, draws)).mean(0)
+    delta = inferred - random
+    low = delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1)
+    return {"rollout_psnr": inferred.mean(), "delta4_psnr": delta.mean(), "delta4_psnr_low": low}
+
+
+def controls(key, params, tokens, codes, shape, config: Config) -> jax.Array:
+    """A film (T, rows * H, |A| * W, 3) uint8: a prompt a row, a code a column, which is held after the prompt."""
+    rows, length, num = tokens.shape
+    prompt, actions = config.prompt_frames, config.num_actions
+    held = jnp.tile(unit(params["lam"]["codebook"]), (rows, 1))[:, None]  # (rows * |A|, 1, code_dim)
+    codes = codes.repeat(actions, 0).at[:, prompt - 1 :].set(held)
+    drawn = rollout(key, params["dynamics"], tokens[:, :prompt].repeat(actions, 0), lead_in(codes), config)
+    film = to_uint8(pixels(params, drawn, shape, config)).reshape(rows, actions, length, *shape, 3)
+    return film.transpose(2, 0, 3, 1, 4, 5).reshape(length, rows * shape[0], actions * shape[1], 3)
+
+
+# --- command
+
+
+def state_like(config: Config):
+    """The shape of a run's State, with an axis of seeds."""
+    keys = jax.eval_shape(jax.vmap(jax.random.key), np.arange(config.num_seeds))
+    return jax.eval_shape(jax.vmap(make_train(config).init), keys)
+
+
+def read_run(folder: Path) -> tuple[Config, dict]:
+    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint. Raises UsageError if there is none."""
+    found = newest_good(folder / "checkpoints")
+    require(found, f"--load {folder}: there is no checkpoint")
+    settings = read_meta(found[0])["config"]
+    names = {field.name for field in fields(Config)}
+    require(set(settings) == names, f"--load {folder}: is no run of this version of Genie")
+    config = Config(**settings)
+    return config, load(found[0], state_like(config)).params
+
+
+def starting_params(config: Config, folder: Path) -> dict:
+    """The parameters of another run, for run(given=...). Raises UsageError where they do not fit this run's sizes."""
+    _, params = read_run(folder)
+    wanted = state_like(config).params
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(params), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        require(x.shape == y.shape, f"--load {folder}: {name} is {list(y.shape)}, this run has {list(x.shape)}")
+    return {"params": params}
+
+
+def sample(config: Config, folder: Path) -> None:
+    """Writes a film of every code held after held-out prompts, by the first seed of the run in a folder."""
+    begin(config)
+    trained, params = read_run(folder)
+    trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
+    params, source = jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
+
+    @jax.jit
+    def film(key):
+        clips = source.held_out(jax.random.fold_in(key, 0), 4)
+        tokens, codes = tokenise(params["tokenizer"], clips.frames, trained), actions_of(params, clips.frames, trained)[0]
+        return controls(jax.random.fold_in(key, 1), params, tokens, codes, source.shape, trained)
+
+    path = Path(config.out or folder) / "videos" / "sample.gif"
+    save_gif(path, np.asarray(film(jax.random.key(config.seed))))
+    print(f"rows are prompts, columns are codes 0 to {trained.num_actions - 1}: {path}")
+
+
+def main(config: Config) -> None:
+    """Trains a stage, or samples."""
+    with faults_in_one_line():
+        folder = None
+        if config.load or config.stage in ("dynamics", "sample"):
+            folder = Path(config.load) if config.load else new_or_newest(Path("runs/genie"), True)
+        if config.stage == "sample":
+            return sample(config, folder)
+    given = partial(starting_params, config, folder) if folder else None
+    run(config, make_train, highlights=("psnr", "delta4_psnr"), given=given)
+
+
+if __name__ == "__main__":
+    main(cli(Config, __doc__, {"cpu": CPU, "paper": PAPER}))

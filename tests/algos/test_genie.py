@@ -1,0 +1,216 @@
+"""Genie's parts, at sizes at which a fact can be checked by hand."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from algos import genie
+from algos.genie import CPU, Spec
+from common.config import UsageError
+from envs.clips import make_source
+
+pytestmark = pytest.mark.timeout(300)
+TINY = replace(
+    CPU, data="dots", size=16, patch=8, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, heads=2, ffn=2,
+    tokenizer_width=16, lam_width=16, dynamics_width=16, encoder_blocks=2, decoder_blocks=2, lam_blocks=2, dynamics_blocks=2,
+    maskgit_steps=3, eval_clips=4,
+)  # fmt: skip
+SHAPE = (16, 16)
+
+
+def frames_of(key, num=2, config=TINY):
+    return jax.random.randint(key, (num, config.num_frames, *SHAPE, 3), 0, 256).astype(jnp.uint8)
+
+
+def differs(a, b):
+    """Along the second axis (time), whether anything differs."""
+    a, b = np.asarray(a), np.asarray(b)
+    return (np.abs(a - b) > 1e-5).any(axis=(0, *range(2, a.ndim)))
+
+
+@pytest.mark.parametrize("kind", ["st_vivit", "vit", "c_vivit"])
+def test_blocks_are_causal_and_cached_steps_equal_the_whole(kind):
+    """A frame changes itself and (but for vit) those that can see it, none before; step by step gives the whole sequence's numbers,
+    also beyond the window, where the oldest frames have left the cache."""
+    spec, length = Spec(2, 3, kind, qk_norm=True), 8
+    params = genie.init_st(jax.random.key(0), 4, 6, 3, 8, 2, TINY, kind)
+    x = jax.random.normal(jax.random.key(1), (2, length, 3, 4))
+    run = jax.jit(lambda x: genie.st(params, x, spec)[0])
+    whole, other = run(x), run(x.at[:, 2].add(1.0))
+    sees = 1 if kind == "vit" else 1 + 2 * (spec.window - 1)  # two blocks
+    assert list(differs(whole, other)) == [2 <= t < 2 + sees for t in range(length)]
+
+    def step(cache, x):
+        y, cache = genie.st(params, x[:, None], spec, cache=cache)
+        return cache, y[:, 0]
+
+    start = genie.init_cache(params, spec, 2, 3)
+    _, steps = jax.jit(partial(jax.lax.scan, step))(start, x.swapaxes(0, 1))
+    np.testing.assert_allclose(steps.swapaxes(0, 1), whole, atol=1e-5)
+
+
+def test_attention_against_numpy():
+    q, k, v = (jax.random.normal(key, (5, 2, 3)) for key in jax.random.split(jax.random.key(0), 3))
+    mask = np.tril(np.ones((5, 5), bool))
+    found = np.asarray(genie.attend(q, k, v, mask)).reshape(5, 2, 3)
+    for head in range(2):
+        score = np.where(mask, np.asarray(q)[:, head] @ np.asarray(k)[:, head].T / np.sqrt(3), -np.inf)
+        weight = np.exp(score) / np.exp(score).sum(1, keepdims=True)
+        np.testing.assert_allclose(found[:, head], weight @ np.asarray(v)[:, head], atol=1e-5)
+
+
+def test_patches_come_back_and_hold_neighbours():
+    frames = frames_of(jax.random.key(0))
+    patches = genie.patchify(frames, 8)
+    np.testing.assert_allclose(patches[0, 1, 1].reshape(8, 8, 3), frames[0, 1, :8, 8:] / 255, atol=1e-6)
+    np.testing.assert_allclose(genie.unpatchify(patches, 8, SHAPE), frames / 255, atol=1e-6)
+
+
+def test_quantiser_takes_the_nearest_and_lets_gradients_straight_through():
+    codebook = jnp.array([[2.0, 0.0], [0.0, 0.5]])
+    e = jnp.array([[0.6, 0.8], [0.8, 0.6]])
+    q, index, *_ = genie.quantise(codebook, e)
+    np.testing.assert_array_equal(index, [1, 0])
+    np.testing.assert_allclose(q, [[0, 1], [1, 0]], atol=1e-6)
+    weights = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    np.testing.assert_allclose(jax.grad(lambda e: (genie.quantise(codebook, e)[0] * weights).sum())(e), weights)
+    of_codes = lambda codebook, place: genie.quantise(codebook, e)[place].sum()
+    assert np.abs(jax.grad(of_codes)(codebook, 2)).sum() > 0.1, "the codebook does not follow the encoder"
+    assert not np.asarray(jax.grad(of_codes)(codebook, 0)).any() and not np.asarray(jax.grad(of_codes)(codebook, 3)).any()
+
+
+def test_only_codes_unused_for_long_begin_anew():
+    codebook, e = jnp.zeros((3, 2)), jnp.ones((4, 2))
+    new, unused = genie.restart(jax.random.key(0), codebook, jnp.array([9, 9, 5]), jnp.array([[0, 0]]), e, 10)
+    np.testing.assert_array_equal(new, [[0, 0], [1, 1], [0, 0]])
+    np.testing.assert_array_equal(unused, [0, 0, 6])
+
+
+def test_nothing_of_the_next_frame_reaches_its_prediction_but_by_the_code():
+    """The decoder's x_{t+1} depends on x_1..x_t and codes up to t; the code of t -> t + 1 on x_1..x_{t+1}."""
+    params = genie.init_lam(jax.random.key(0), TINY, SHAPE)
+    x = genie.patchify(frames_of(jax.random.key(1)), 8)
+    codes = jax.random.normal(jax.random.key(2), (2, 4, 8))
+    run = jax.jit(lambda x, codes: (genie.infer_actions(params, x, TINY), genie.predict_next(params, x[:, :-1], codes, TINY)))
+    (e, out), (e2, out2) = run(x, codes), run(x.at[:, 2].add(0.3), codes)
+    assert list(differs(e, e2)) == [False, True, True, True]
+    assert list(differs(out, out2)) == [False, False, True, True]
+    assert list(differs(out, run(x, codes.at[:, 1].add(1.0))[1])) == [False, True, True, True]
+
+
+def test_masks_spare_the_first_frame_and_clean_contexts():
+    draw = lambda config: np.asarray(genie.draw_mask(jax.random.key(0), (400, 5, 16), config))
+    mask = draw(replace(TINY, clean_context=0.0))
+    rate = mask[:, 1:].mean((1, 2))
+    assert not mask[:, 0].any() and 0.7 < rate.mean() < 0.8 and rate.std() > 0.1  # one rate a clip, uniform in [0.5, 1]
+    mask = draw(replace(TINY, clean_context=1.0, mask_low=1.0))
+    assert set(mask.all(2).sum(1)) == {1, 2, 3, 4} and not (mask.any(2) != mask.all(2)).any()
+
+
+@pytest.mark.parametrize("action_input", ["add", "prepend"])
+def test_sampling_from_the_cache_equals_sampling_from_the_whole_past(action_input):
+    """Greedy, a step a token: the frame drawn with cached keys is the one drawn by encoding all frames in every step."""
+    config = replace(TINY, temperature=0.0, maskgit_steps=4, action_input=action_input)
+    params = genie.init_dynamics(jax.random.key(0), config, SHAPE)
+    prompt = jax.random.randint(jax.random.key(1), (3, 3, 4), 0, 16)
+    codes = genie.lead_in(jax.random.normal(jax.random.key(2), (3, 3, 8)))
+    found = jax.jit(lambda: genie.rollout(jax.random.key(3), params, prompt, codes, config))()
+    np.testing.assert_array_equal(found[:, :3], prompt)
+
+    whole = jax.jit(lambda tokens: genie.predict_tokens(params, tokens, codes, config)[0][:, -1])
+    tokens = np.concatenate([prompt, np.full((3, 1, 4), 16)], axis=1)
+    for kept in np.round(4 * (1 - np.cos(np.pi / 2 * np.arange(1, 5) / 4))).astype(int):
+        log_p = np.asarray(jax.nn.log_softmax(whole(tokens)))
+        for clip in range(3):
+            hidden = [n for n in range(4) if tokens[clip, 3, n] == 16]
+            surest = sorted(hidden, key=lambda n: -log_p[clip, n].max())[: kept - (4 - len(hidden))]
+            for n in surest:
+                tokens[clip, 3, n] = log_p[clip, n].argmax()
+    np.testing.assert_array_equal(found, tokens)
+
+
+def test_sampling_keeps_known_tokens_and_ends_with_none_hidden():
+    params = genie.init_dynamics(jax.random.key(0), TINY, SHAPE)
+    prompt, codes = jnp.zeros((2, 1, 4), jnp.int32), jnp.zeros((2, 5, 8))
+    draw = jax.jit(lambda key: genie.rollout(key, params, prompt, codes, TINY))
+    first, second = (np.asarray(draw(jax.random.key(i))) for i in (0, 1))
+    assert first.shape == (2, 5, 4) and first.max() < 16 and first.min() >= 0 and (first != second).any()
+
+
+def test_delta_psnr_is_zero_where_actions_do_nothing():
+    config = replace(TINY, temperature=0.0)
+    state = jax.eval_shape(genie.make_train(config).init, jax.random.key(0))
+    params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), state.params)
+    frames, codes = frames_of(jax.random.key(1)), jax.random.normal(jax.random.key(2), (2, 4, 8))
+    tokens = jax.random.randint(jax.random.key(3), (2, 5, 4), 0, 16)
+    delta = jax.jit(lambda params: genie.delta_psnr(jax.random.key(4), params, frames, tokens, codes, config)["delta4_psnr"])
+    assert abs(delta(params)) > 1e-3
+    params["dynamics"]["action"] = jnp.zeros_like(params["dynamics"]["action"])
+    assert delta(params) == 0
+
+
+def test_no_gradient_of_the_dynamics_reaches_the_other_parts():
+    """An update leaves the tokenizer as it was, and moves the latent action model as its own training alone would."""
+    config = replace(TINY, stage="dynamics", restart_unused=0)
+    train = genie.make_train(config)
+    state = jax.jit(train.init)(jax.random.key(0))
+    new, metrics = jax.jit(train.update)(state, 0)
+    same = lambda part: all(
+        np.array_equal(a, b) for a, b in zip(*(jax.tree.leaves(s.params[part]) for s in (state, new)), strict=True)
+    )
+    assert same("tokenizer") and np.isfinite(metrics["dynamics_loss"])
+    lam = replace(config, stage="lam")
+    alone, _ = jax.jit(genie.make_train(lam).update)(jax.jit(genie.make_train(lam).init)(jax.random.key(0)), 0)
+    for a, b in zip(jax.tree.leaves(alone.params["lam"]), jax.tree.leaves(new.params["lam"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_information_and_perplexity_of_known_tables():
+    assert genie.information(jnp.diag(jnp.ones(4))) == pytest.approx(1, abs=1e-4)
+    assert genie.information(jnp.ones((4, 3))) == pytest.approx(0, abs=1e-4)
+    assert genie.perplexity(jnp.array([0, 0, 1, 1]), 6) == pytest.approx(2, abs=1e-3)
+    grey = jnp.full((8, 8, 3), 0.5)
+    assert genie.psnr(grey, grey + 0.1) == pytest.approx(20, abs=1e-3)
+
+
+def test_dots_move_as_the_action_says():
+    source = make_source("dots", 6, 16, 1, 0.0)
+    clips = jax.jit(source.held_out, static_argnums=1)(jax.random.key(0), 32)
+    bright = np.asarray(clips.frames, int).sum(-1) > 3 * 128
+    assert (bright.sum((2, 3)) == 4).all()
+    corner = bright.reshape(32, 6, -1).argmax(-1)  # the dot's first pixel
+    row, column = corner // 16 // 2, corner % 16 // 2
+    moved = np.stack([np.diff(row, axis=1), np.diff(column, axis=1)], axis=-1)
+    wanted = np.array([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]])[np.asarray(clips.change)]
+    assert ((moved == wanted).all(-1) | (moved == 0).all(-1)).all() and (moved == wanted).all(-1).mean() > 0.7
+
+
+def test_own_videos_are_cut_and_bad_ones_refused_in_one_line(tmp_path):
+    path = tmp_path / "videos.npz"
+    videos = np.arange(3 * 7, dtype=np.uint8).reshape(3, 7, 1, 1, 1) * np.ones((1, 1, 8, 8, 3), np.uint8)
+    np.savez(path, videos)
+    source = make_source(str(path), 5, 64, 1, 0.0)
+    clips, _ = source.draw(jax.random.key(0), (), 50)
+    first = np.asarray(clips.frames)[:, :, 0, 0, 0].astype(int)
+    assert (np.diff(first, axis=1) == 1).all() and set(first[:, 0]) == {0, 1, 2, 7, 8, 9}
+    assert (np.asarray(source.held_out(jax.random.key(0), 9).frames)[:, 0, 0, 0, 0] >= 14).all()
+    for bad, words in (
+        (videos.astype(np.float32), "must be uint8"),
+        (videos[..., 0], "must be uint8"),
+        (videos[:, :3], "at least --num-frames 5"),
+        (videos[:1], "at least two videos"),
+    ):
+        np.savez(path, bad)
+        with pytest.raises(UsageError, match=words):
+            make_source(str(path), 5, 64, 1, 0.0)
+    path.write_bytes(b"no zip")
+    for name in (path, tmp_path / "none.npz"):
+        with pytest.raises(UsageError) as error:
+            make_source(str(name), 5, 64, 1, 0.0)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="must divide frames of 16 x 16"):
+        genie.make_train(replace(TINY, patch=5))
