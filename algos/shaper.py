@@ -174,7 +174,7 @@ PAPER_GRID = replace(
 SHORT = dict(num_seeds=4, log_every=5, es_beta1=0.9, shaping="rank")
 CPU = replace(
     PAPER, preset="cpu", num_updates=120, eval_every=40, save_every=40, population_size=64, num_opponents=2,
-    sigma=0.1, sigma_decay=1.0, **SHORT,
+    sigma=0.2, sigma_decay=1.0, **SHORT,
 )  # fmt: skip
 CPU_COIN = replace(
     PAPER_COIN, preset="coin_game", num_updates=100, eval_every=50, save_every=50, population_size=32, num_envs=32,

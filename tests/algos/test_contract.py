@@ -93,8 +93,7 @@ def test_programs_are_fit_for_cpu_and_seeds(name, changes):
     used = set(re.findall(r"= (\w+)[\[ ]", text + update))
     assert "scan" in used and ("dot_general" in used or name in ("lola", "shaper"))  # tiny products are written out there
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
-    branching = name in ("sfl", "mix_me", "finetuning") or (
-    branching = name in ("sfl", "mix_me", "genie") or (
+    branching = name in ("sfl", "mix_me", "finetuning", "genie") or (
         name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel
     )
     assert ("cond[" in update) == branching
