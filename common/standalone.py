@@ -400,7 +400,7 @@ def origin(label: str, root: Path, body: str) -> str:
     heads = {entry.module.split(".")[0] for node in nodes for entry in read_imports(label, node)}
     packages = sorted(PIP_NAMES.get(head, head) for head in heads - sys.stdlib_module_names)
     return (
-        f"# Made by common.standalone of nightjax from {label}{commit}, with what that uses of common/ and envs/.\n"
+        f"# Made by common.standalone of nightjax from {label}{commit},\n# with what that uses of common/ and envs/.\n"
         f"# Apache License 2.0. Needs: pip install {' '.join(packages)}\n"
     )
 

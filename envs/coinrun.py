@@ -5,10 +5,10 @@ actions  0 to 8: (horizontal + 1) * 3 + (vertical + 1), so 1 left, 4 nothing, 5 
 reward   10 for the coin, else 0
 ends     coin taken, or touched a saw, an enemy or lava (terminated); 1,000 steps (truncated)
 
-Level seed k is the real game's level k, and the dynamics are the real game's (float32 arithmetic may be contracted: agreement is to
-1e-5). Distances are in tiles, velocities in tiles a step; x grows to the right and y upwards, from the outer corner of the lowest,
-leftmost of 64 x 64 tiles. The agent's box is 1 wide and 2 * AGENT_RY high. The sprites are our own; `monochrome` gives the game's own
-pictures of flat rectangles, `paint_velocity` its two grey squares.
+Level seed k is the real game's level k, and the dynamics are the real game's (XLA may contract float32 products and sums: agreement
+is to 1e-5). Distances are in tiles, velocities in tiles a step; x grows to the right and y upwards, from the outer corner of the
+lowest, leftmost of 64 x 64 tiles. The agent's box is 1 wide and 2 * AGENT_RY high. The sprites are our own; `monochrome` gives the
+game's own pictures of flat rectangles, `paint_velocity` its two grey squares.
 
 What can be played is a bank of levels in the params, and the state holds a place in it: a reset is cheap, and to play one level of
 one's own, pack(map) gives a Level, and a bank of one is EnvParams(jax.tree.map(lambda x: x[None], level)).
@@ -285,7 +285,7 @@ def bit(word, row) -> jax.Array:
     return (word >> jnp.clip(row, 0, 31).astype(jnp.uint32)) & 1
 
 
-def pick(view, kind, x, column) -> jax.Array:
+def look_up(view, kind, x, column) -> jax.Array:
     """Column `column` of one kind from the three around an agent that was at x, view (3, 5)."""
     offset = column - cell(x)
     return jnp.where(offset < 0, view[0, kind], jnp.where(offset == 0, view[1, kind], view[2, kind]))
@@ -297,7 +297,7 @@ def accelerate(view, x, y, vx, vy, on_crate, move):
     It can jump, and steers five times as fast, when it is supported.
     """
     cmd_x, cmd_y = move // 3 - 1, move % 3 - 1
-    under = pick(view, WALLS, x, cell(x - CORNER)) | pick(view, WALLS, x, cell(x + CORNER))
+    under = look_up(view, WALLS, x, cell(x - CORNER)) | look_up(view, WALLS, x, cell(x + CORNER))
     support = (on_crate | (bit(under, cell(y - np.float32(0.5887))) > 0)) & (vy == 0)
     cmd_y = jnp.where(support, cmd_y, jnp.minimum(cmd_y, 0))
     mix = jnp.where(support, MIX, AIR_MIX)
@@ -313,7 +313,7 @@ def move_agent(view, x, y, vx, vy, cmd_x, cmd_y):
     view (3, 5) uint32: the columns floor(x) - 1 .. floor(x) + 1 of the level. -> x, y, vx, vy, whether it stands on a crate.
     """
     start_x, last_y = x, y
-    column = lambda kind, c: pick(view, kind, start_x, c)
+    column = lambda kind, c: look_up(view, kind, start_x, c)
     num = jnp.maximum((4 * jnp.sqrt(vx * vx + vy * vy)).astype(jnp.int32), 4)
     part = 1 / num.astype(jnp.float32)
     x_first = jnp.where(cmd_y != 0, False, (cmd_x != 0) | (jnp.abs(vx) > jnp.abs(vy)))
@@ -528,7 +528,7 @@ class Clip(NamedTuple):
     levels: jax.Array  # (T,) int32: the place in params.levels of frame t
 
 
-def rollout(key, env: CoinRun, params: EnvParams, policy, num_steps: int, state: EnvState | None = None) -> tuple[EnvState, Clip]:
+def play_clip(key, env: CoinRun, params: EnvParams, policy, num_steps: int, state: EnvState | None = None) -> tuple[EnvState, Clip]:
     """Plays `num_steps` steps with auto-reset, from a random level or from `state` -> the last state, and a Clip.
 
     policy: (key, state, params) -> action. For many clips at once, vmap over keys.
@@ -590,8 +590,8 @@ def to_rows(state: EnvState, y) -> jax.Array:
 def union(masks, rows, pixel_rows, slot) -> jax.Array:
     """Which pixels are in any of E stamps: (64, 64) bool.
 
-    masks (2, I, E): row i of each stamp; rows (E,): the tile row that a stamp lies in; pixel_rows (64,): the tile row of each row of
-    pixels; slot (64,): which row of a stamp would be there (none outside of [0, I)).
+    masks (2, I, E): row i of each stamp; rows (E,): the tile row that a stamp lies in; pixel_rows (64,): the tile row of each row
+    of pixels; slot (64,): which row of a stamp would be there (none outside of [0, I)).
     """
     masks = jax.lax.optimization_barrier(masks)  # else they are computed anew for every row
     num, lowest = masks.shape[1], pixel_rows[-1]
@@ -660,8 +660,13 @@ def monochrome(state: EnvState, levels: Level) -> jax.Array:
 
 def paint_velocity(image, vx, vy) -> jax.Array:
     """The game's `paint_vel_info`: two grey squares for the agent's velocity, left/right and down/up."""
-    for i, v in enumerate((vx / SPEED, vy / JUMP)):
-        shade = jnp.clip((np.float32(0.5) * v + np.float32(0.5)) * 255, 0, 255).astype(jnp.uint32)
+    half = np.float32(0.5)
+    for i, (v, top) in enumerate(((vx, SPEED), (vy, JUMP))):
+        part = half * v / top  # the game adds a half in double precision: carry what float32 loses along
+        lost = (half * v - part) - (top - 1) * part  # exact, as top - 1 is 0.5 or -0.5
+        total = half + part
+        total = total + ((part - (total - half)) + lost / top)
+        shade = jnp.clip(total * 255, 0, 255).astype(jnp.uint32)
         image = image.at[:13, 13 * i : 13 * (i + 1)].set(shade * rgb(1, 1, 1))
     return image
 
@@ -677,9 +682,18 @@ def to_bytes(image) -> jax.Array:
 
 
 INKS = {
-    "k": (36, 34, 46), "w": (245, 245, 245), "y": (255, 205, 60), "o": (214, 150, 30), "s": (170, 178, 190), "d": (112, 120, 134),
-    "r": (232, 78, 40), "l": (255, 150, 60), "b": (176, 122, 70), "n": (128, 84, 46), "c": (226, 236, 246),
-}  # fmt: skip
+    "k": (36, 34, 46),
+    "w": (245, 245, 245),
+    "y": (255, 205, 60),
+    "o": (214, 150, 30),
+    "s": (170, 178, 190),
+    "d": (112, 120, 134),
+    "r": (232, 78, 40),
+    "l": (255, 150, 60),
+    "b": (176, 122, 70),
+    "n": (128, 84, 46),
+    "c": (226, 236, 246),
+}
 GROUNDS = [  # body, darker body, top, darker top
     ((134, 94, 62), (112, 76, 50), (166, 120, 80), (146, 104, 68)),  # dirt
     ((134, 94, 62), (112, 76, 50), (98, 186, 72), (76, 152, 58)),  # grass
@@ -690,9 +704,15 @@ GROUNDS = [  # body, darker body, top, darker top
 ]
 AGENTS = [(236, 196, 150), (82, 140, 230), (92, 190, 100), (240, 130, 180), (246, 214, 82)]
 SKIES = [  # top, bottom
-    ((96, 160, 226), (190, 222, 244)), ((62, 74, 130), (150, 130, 176)), ((236, 160, 110), (250, 218, 168)), ((44, 52, 84), (86, 104, 146)),
-    ((120, 190, 190), (210, 236, 222)), ((150, 120, 170), (228, 196, 214)), ((84, 132, 120), (186, 208, 172)), ((110, 110, 120), (190, 190, 196)),
-]  # fmt: skip
+    ((96, 160, 226), (190, 222, 244)),
+    ((62, 74, 130), (150, 130, 176)),
+    ((236, 160, 110), (250, 218, 168)),
+    ((44, 52, 84), (86, 104, 146)),
+    ((120, 190, 190), (210, 236, 222)),
+    ((150, 120, 170), (228, 196, 214)),
+    ((84, 132, 120), (186, 208, 172)),
+    ((110, 110, 120), (190, 190, 196)),
+]
 SPRITES = {  # rows from the top; "." lets the sky through; 1 2 3 4 are the ground's colours
     T_WALL: "11111111 11211111 11111111 11111121 11111111 12111111 11111211 11111111",
     T_TOP: "33333333 33333333 43343343 14114114 11111111 11211111 11111121 11111111",
@@ -724,7 +744,7 @@ def sprite(rows: str, inks: dict) -> np.ndarray:
 
 
 def _tiles() -> tuple[np.ndarray, np.ndarray]:
-    """(8, 16) uint32: the 8 texels, 4 bits each, of every row of every kind of tile; (6, 16): their inks on each ground, 0 is sky."""
+    """(8, 16) uint32: 8 texels of 4 bits for every row of every kind of tile; (6, 16): their inks on each ground, 0 is sky."""
     names = ".1234" + "kwyosdrlbnc"
     words = np.zeros((8, 16), np.uint32)
     for code, rows in SPRITES.items():
@@ -755,7 +775,7 @@ def sky(levels: Level, level, y) -> jax.Array:
 
 
 def pick_from(table, index) -> jax.Array:
-    """table[index] for any broadcasting entries of `table`, a power of two of them, by a tree of selects: gathers are slow on CPU."""
+    """table[index] of a power of two of entries that broadcast, by a tree of selects: gathers are slow on CPU."""
     table = list(table)
     while len(table) > 1:
         odd = (index & 1) > 0

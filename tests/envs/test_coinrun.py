@@ -10,7 +10,7 @@ import pytest
 
 from common.config import UsageError
 from envs import coinrun
-from envs.coinrun import CoinRun, EnvParams, make_map, mt19937, random_policy, rollout
+from envs.coinrun import CoinRun, EnvParams, make_map, mt19937, play_clip, random_policy
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -114,7 +114,7 @@ def test_velocity_patch():
 def clips():
     env = CoinRun(num_levels=8)
     params = env.default_params._replace(max_steps_in_episode=50)
-    run = jax.jit(jax.vmap(lambda key: rollout(key, env, params, random_policy, 120)))
+    run = jax.jit(jax.vmap(lambda key: play_clip(key, env, params, random_policy, 120)))
     return env, params, *to_numpy(run(jax.random.split(jax.random.key(0), 4)))
 
 
