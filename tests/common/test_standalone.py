@@ -18,11 +18,11 @@ from common.standalone import export, main, read_module
 pytestmark = pytest.mark.timeout(280)
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
-RUN = dict(num_seeds=2, num_updates=2, log_every=2, eval_every=2, save_every=2)
+RUN = dict(num_seeds=2, num_updates=4, log_every=4, eval_every=4, save_every=4)
 SMALL = dict(num_envs=4, num_steps=16, hidden=4, eval_episodes=1, num_epochs=1, num_minibatches=1, buffer_size=16)
 SMALL |= dict(robot="hopper", batch_size=4, episode_length=4, num_cells=16, cvt_samples=64, population_size=4, num_episodes=2)
 SMALL |= dict(sweep="single", eval_strings=8, candidates=2)
-SMALL |= dict(pretrain_updates=2, finetune_updates=1, batch_size=8, width=8, layers=1, heads=2, length=12, window=5, occurrence=1)
+SMALL |= dict(pretrain_updates=2, finetune_updates=1, batch_size=8, width=8, layers=1, heads=2, length=16, window=5, occurrence=1)
 SMALL |= dict(priors=(0.999,), finetune_lrs=(1e-3,), eval_size=8, probe_size=16, probe_updates=2)
 SMALL |= dict(data="dots", size=16, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, ffn=2)
 SMALL |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2)
