@@ -184,7 +184,7 @@ def test_the_papers_arms():
     ("changes", "words"),
     [
         (dict(priors=(0.6,)), "--priors"),
-        (dict(pretrain_updates=5400), "leaves -300 steps"),
+        (dict(pretrain_updates=4900), "leaves -300 steps"),
         (dict(heads=5), "--width 48"),
         (dict(window=41), "--window 41"),
         (dict(correlations=(1.5,)), "--correlations"),
