@@ -5,10 +5,10 @@ actions  0 to 8: (horizontal + 1) * 3 + (vertical + 1), so 1 left, 4 nothing, 5 
 reward   10 for the coin, else 0
 ends     coin taken, or touched a saw, an enemy or lava (terminated); 1,000 steps (truncated)
 
-Level seed k is the real game's level k, and the dynamics are the real game's (float32 arithmetic may be contracted: agreement is to
-1e-5). Distances are in tiles, velocities in tiles a step; x grows to the right and y upwards, from the outer corner of the lowest,
-leftmost of 64 x 64 tiles. The agent's box is 1 wide and 2 * AGENT_RY high. The sprites are our own; `monochrome` gives the game's own
-pictures of flat rectangles, `paint_velocity` its two grey squares.
+Level seed k is the real game's level k, and the dynamics are the real game's (XLA may contract float32 products and sums: agreement
+is to 1e-5). Distances are in tiles, velocities in tiles a step; x grows to the right and y upwards, from the outer corner of the
+lowest, leftmost of 64 x 64 tiles. The agent's box is 1 wide and 2 * AGENT_RY high. The sprites are our own; `monochrome` gives the
+game's own pictures of flat rectangles, `paint_velocity` its two grey squares.
 
 What can be played is a bank of levels in the params, and the state holds a place in it: a reset is cheap, and to play one level of
 one's own, pack(map) gives a Level, and a bank of one is EnvParams(jax.tree.map(lambda x: x[None], level)).
@@ -590,8 +590,8 @@ def to_rows(state: EnvState, y) -> jax.Array:
 def union(masks, rows, pixel_rows, slot) -> jax.Array:
     """Which pixels are in any of E stamps: (64, 64) bool.
 
-    masks (2, I, E): row i of each stamp; rows (E,): the tile row that a stamp lies in; pixel_rows (64,): the tile row of each row of
-    pixels; slot (64,): which row of a stamp would be there (none outside of [0, I)).
+    masks (2, I, E): row i of each stamp; rows (E,): the tile row that a stamp lies in; pixel_rows (64,): the tile row of each row
+    of pixels; slot (64,): which row of a stamp would be there (none outside of [0, I)).
     """
     masks = jax.lax.optimization_barrier(masks)  # else they are computed anew for every row
     num, lowest = masks.shape[1], pixel_rows[-1]
@@ -660,8 +660,10 @@ def monochrome(state: EnvState, levels: Level) -> jax.Array:
 
 def paint_velocity(image, vx, vy) -> jax.Array:
     """The game's `paint_vel_info`: two grey squares for the agent's velocity, left/right and down/up."""
-    for i, v in enumerate((vx / SPEED, vy / JUMP)):
-        shade = jnp.clip((np.float32(0.5) * v + np.float32(0.5)) * 255, 0, 255).astype(jnp.uint32)
+    for i, (v, top) in enumerate(((vx, SPEED), (vy, JUMP))):
+        scale, middle = np.float32(127.5) / top, np.float32(127.5)
+        shade = jnp.floor(scale * v + middle + np.float32(0.01))  # then exactly: falling from 1.5 by 0.2 meets whole shades
+        shade = jnp.clip(shade - (v < (shade - middle) / scale), 0, 255).astype(jnp.uint32)
         image = image.at[:13, 13 * i : 13 * (i + 1)].set(shade * rgb(1, 1, 1))
     return image
 
@@ -677,9 +679,18 @@ def to_bytes(image) -> jax.Array:
 
 
 INKS = {
-    "k": (36, 34, 46), "w": (245, 245, 245), "y": (255, 205, 60), "o": (214, 150, 30), "s": (170, 178, 190), "d": (112, 120, 134),
-    "r": (232, 78, 40), "l": (255, 150, 60), "b": (176, 122, 70), "n": (128, 84, 46), "c": (226, 236, 246),
-}  # fmt: skip
+    "k": (36, 34, 46),
+    "w": (245, 245, 245),
+    "y": (255, 205, 60),
+    "o": (214, 150, 30),
+    "s": (170, 178, 190),
+    "d": (112, 120, 134),
+    "r": (232, 78, 40),
+    "l": (255, 150, 60),
+    "b": (176, 122, 70),
+    "n": (128, 84, 46),
+    "c": (226, 236, 246),
+}
 GROUNDS = [  # body, darker body, top, darker top
     ((134, 94, 62), (112, 76, 50), (166, 120, 80), (146, 104, 68)),  # dirt
     ((134, 94, 62), (112, 76, 50), (98, 186, 72), (76, 152, 58)),  # grass
@@ -690,9 +701,15 @@ GROUNDS = [  # body, darker body, top, darker top
 ]
 AGENTS = [(236, 196, 150), (82, 140, 230), (92, 190, 100), (240, 130, 180), (246, 214, 82)]
 SKIES = [  # top, bottom
-    ((96, 160, 226), (190, 222, 244)), ((62, 74, 130), (150, 130, 176)), ((236, 160, 110), (250, 218, 168)), ((44, 52, 84), (86, 104, 146)),
-    ((120, 190, 190), (210, 236, 222)), ((150, 120, 170), (228, 196, 214)), ((84, 132, 120), (186, 208, 172)), ((110, 110, 120), (190, 190, 196)),
-]  # fmt: skip
+    ((96, 160, 226), (190, 222, 244)),
+    ((62, 74, 130), (150, 130, 176)),
+    ((236, 160, 110), (250, 218, 168)),
+    ((44, 52, 84), (86, 104, 146)),
+    ((120, 190, 190), (210, 236, 222)),
+    ((150, 120, 170), (228, 196, 214)),
+    ((84, 132, 120), (186, 208, 172)),
+    ((110, 110, 120), (190, 190, 196)),
+]
 SPRITES = {  # rows from the top; "." lets the sky through; 1 2 3 4 are the ground's colours
     T_WALL: "11111111 11211111 11111111 11111121 11111111 12111111 11111211 11111111",
     T_TOP: "33333333 33333333 43343343 14114114 11111111 11211111 11111121 11111111",
@@ -724,7 +741,7 @@ def sprite(rows: str, inks: dict) -> np.ndarray:
 
 
 def _tiles() -> tuple[np.ndarray, np.ndarray]:
-    """(8, 16) uint32: the 8 texels, 4 bits each, of every row of every kind of tile; (6, 16): their inks on each ground, 0 is sky."""
+    """(8, 16) uint32: 8 texels of 4 bits for every row of every kind of tile; (6, 16): their inks on each ground, 0 is sky."""
     names = ".1234" + "kwyosdrlbnc"
     words = np.zeros((8, 16), np.uint32)
     for code, rows in SPRITES.items():
@@ -755,7 +772,7 @@ def sky(levels: Level, level, y) -> jax.Array:
 
 
 def pick_from(table, index) -> jax.Array:
-    """table[index] for any broadcasting entries of `table`, a power of two of them, by a tree of selects: gathers are slow on CPU."""
+    """table[index] of a power of two of entries that broadcast, by a tree of selects: gathers are slow on CPU."""
     table = list(table)
     while len(table) > 1:
         odd = (index & 1) > 0
