@@ -18,7 +18,7 @@ def sample_plans(key) -> jax.Array:
 
 
 def score(env: CoinRun, state: EnvState, params: EnvParams, plan) -> jax.Array:
-    """How far right a plan (T,) gets; a coin is worth more than any way, the sooner the more, and death less, the later the less."""
+    """How far right a plan (T,) gets; a coin is worth more than any way, more if soon, and death less than any, less if soon."""
 
     def step(carry, action):
         state, value, going = carry

@@ -51,7 +51,7 @@ def coinrun_ours(mode: str, num_envs: str) -> dict:
 
     from envs.coinrun import CoinRun, random_policy
 
-    num, steps = int(num_envs), {"play": 2000, "pixels": 300, "stored": 64}[mode]
+    num, steps = int(num_envs), {"play": 1000, "pixels": 300, "stored": 64}[mode]
     env = CoinRun(num_levels=1000)
     params = env.default_params
 
