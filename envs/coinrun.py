@@ -662,9 +662,9 @@ def paint_velocity(image, vx, vy) -> jax.Array:
     """The game's `paint_vel_info`: two grey squares for the agent's velocity, left/right and down/up."""
     half = np.float32(0.5)
     for i, (v, top) in enumerate(((vx, SPEED), (vy, JUMP))):
-        part = half * v / top  # the game adds a half in double precision: carry what float32 loses along
+        part = half * v / top  # the game adds the half in double precision: carry what float32 loses
         lost = (half * v - part) - (top - 1) * part  # exact, as top - 1 is 0.5 or -0.5
-        total = half + part
+        total = jax.lax.optimization_barrier(half + part)  # else XLA takes (half + part) - half for part
         total = total + ((part - (total - half)) + lost / top)
         shade = jnp.clip(total * 255, 0, 255).astype(jnp.uint32)
         image = image.at[:13, 13 * i : 13 * (i + 1)].set(shade * rgb(1, 1, 1))

@@ -10,7 +10,8 @@ import pytest
 
 from common.config import UsageError
 from envs import coinrun
-from envs.coinrun import CoinRun, EnvParams, make_map, mt19937, play_clip, random_policy
+from envs.coinrun import CoinRun, EnvParams, make_map, mt19937, random_policy, play_clip
+from envs.coinrun_expert import make_expert
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -99,12 +100,11 @@ def test_pictures(recorded):
 
 def test_velocity_patch():
     """Shades by hand: 255 (v / 2 vmax + 1/2), rounded down, in two squares of 13 pixels."""
-    image = np.asarray(
-        coinrun.to_bytes(coinrun.paint_velocity(jnp.zeros((64, 64), jnp.uint32), jnp.float32(0.25), jnp.float32(-1.5)))
-    )
+    paint = lambda vx, vy: coinrun.to_bytes(coinrun.paint_velocity(jnp.zeros((64, 64), jnp.uint32), np.float32(vx), np.float32(vy)))
+    image, up = np.asarray(paint(0.25, -1.5)), np.asarray(paint(0, 1.5))
     assert (image[:13, :13] == 191).all() and not image[:13, 13:].any() and not image[13:].any()
-    up = coinrun.to_bytes(coinrun.paint_velocity(jnp.zeros((64, 64), jnp.uint32), jnp.float32(0), jnp.float32(1.5)))
-    assert (np.asarray(up)[:13, :13] == 127).all() and (np.asarray(up)[:13, 13:26] == 255).all()
+    assert paint(0, np.float32(1.5) - 2 * np.float32(0.2))[0, 13, 0] == 220  # in the game; 221 without the last bits
+    assert (up[:13, :13] == 127).all() and (up[:13, 13:26] == 255).all()
 
 
 # --- what must hold
@@ -158,3 +158,24 @@ def test_bad_levels():
             CoinRun(**bad)
     with pytest.raises(UsageError):
         CoinRun().levels([])
+
+
+def test_expert():
+    """It takes the coin of levels on which always right and jump does not."""
+    env = CoinRun(start_level=20_000, num_levels=4)
+    params, expert = env.default_params, make_expert(env)
+
+    def play(level, policy):
+        def step(carry, key):
+            state, won, done = carry
+            _, state, reward, terminated, _ = env.step_env(None, state, policy(key, state, params), params)
+            return (state, won | (~done & (reward > 0)), done | terminated), None
+
+        start = (env.reset_to_level(level, params), jnp.bool_(False), jnp.bool_(False))
+        return jax.lax.scan(step, start, jax.random.split(jax.random.key(level), 80))[0][1]
+
+    won, constant = (
+        np.asarray(jax.jit(jax.vmap(lambda level, policy=policy: play(level, policy)))(jnp.arange(4)))
+        for policy in (expert, lambda *_: jnp.int32(8))
+    )
+    assert won.sum() >= 3 and constant.sum() < won.sum()

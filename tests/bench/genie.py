@@ -1,0 +1,158 @@
+"""Speed of what Genie is made of, beside its peers in one run on one machine. Writes results/bench/genie.json.
+
+Run:  python tests/bench/genie.py                              (ours alone)
+      python -m venv peer; peer/bin/pip install "numpy<2" procgen-mirror==0.10.7
+      python tests/bench/genie.py --part coinrun --peer-python peer/bin/python
+
+Every measurement is a process of its own; ours and the peer's take turns, `--repeats` times, and medians are compared. Rates are
+per CPU-second, of one XLA device, which other work on the machine hardly changes. Parts not asked for keep their last results.
+
+coinrun   hard levels, 15 random actions, auto-reset. "play" steps alone; "pixels" makes each picture and looks at it; "stored"
+          keeps every picture, as a clip. The peer is the real engine without threads, with its usual pictures (it cannot step
+          without) and in its cheapest mode (flat rectangles, no backgrounds)
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "results" / "bench" / "genie.json"
+CACHE = Path(tempfile.gettempdir()) / f"nightjax-bench-{os.getpid()}"
+ENVS = (64, 256)
+
+
+# --- workers: each prints one JSON object as its last line
+
+
+def rate(run, steps: int) -> dict:
+    """Steps per CPU-second of run(), a call of `steps` steps; the best of three after one that is not counted."""
+    began = time.process_time()
+    run()
+    first, times = time.process_time() - began, []
+    for _ in range(3):
+        began = time.process_time()
+        run()
+        times.append(time.process_time() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"steps_per_cpu_s": steps / min(times), "first_call_cpu_s": first, "peak_rss_mb": peak}
+
+
+def coinrun_ours(mode: str, num_envs: str) -> dict:
+    import jax
+
+    from envs.coinrun import CoinRun, random_policy
+
+    num, steps = int(num_envs), {"play": 1000, "pixels": 300, "stored": 64}[mode]
+    env = CoinRun(num_levels=1000)
+    params = env.default_params
+
+    def step(state, key):
+        keys = jax.random.split(key, num)
+        actions = jax.vmap(random_policy, (0, None, None))(keys, state, params)
+        obs, state, reward, *_ = jax.vmap(env.step, (0, 0, 0, None))(keys, state, actions, params)
+        seen = {"play": reward.sum(), "pixels": obs.max((1, 2, 3)), "stored": obs}[mode]
+        return state, seen
+
+    go = jax.jit(lambda state, key: jax.lax.scan(step, state, jax.random.split(key, steps)))
+    _, state = jax.jit(jax.vmap(env.reset, (0, None)))(jax.random.split(jax.random.key(0), num), params)
+    result = rate(lambda: jax.block_until_ready(go(state, jax.random.key(1))), num * steps)
+    return result | {"state_bytes_per_env": sum(x.nbytes for x in jax.tree.leaves(state)) / num}
+
+
+def coinrun_peer(mode: str, num_envs: str) -> dict:
+    import numpy as np
+    from procgen import ProcgenGym3Env
+
+    num, steps = int(num_envs), 300
+    flat = dict(use_monochrome_assets=True, use_backgrounds=False, restrict_themes=True) if mode == "flat" else {}
+    env = ProcgenGym3Env(
+        num, "coinrun", start_level=0, num_levels=1000, distribution_mode="hard", num_threads=0, rand_seed=0, **flat
+    )
+    actions = np.random.default_rng(0).integers(0, 15, (steps, num), np.int32)
+
+    def run():
+        for action in actions:
+            env.act(action)
+            env.observe()
+
+    return rate(run, num * steps)
+
+
+def part_coinrun(note, peer: str | None) -> None:
+    """Takes one measurement of everything."""
+    for num in map(str, ENVS):
+        for mode in ("play", "pixels", "stored"):
+            note(f"ours, {mode}, {num} envs", sys.executable, "coinrun_ours", mode, num)
+        for mode in ("usual", "flat") if peer else ():
+            note(f"peer, {mode}, {num} envs", peer, "coinrun_peer", mode, num)
+
+
+def ratios_coinrun(runs: dict) -> dict:
+    """How many times the peer's rate, at its fastest, ours is."""
+    found = {}
+    for num in ENVS:
+        theirs = [runs[name]["steps_per_cpu_s"] for name in runs if name.startswith("peer") and f" {num} " in name]
+        for mode in ("play", "pixels", "stored") if theirs else ():
+            ours = runs[f"ours, {mode}, {num} envs"]["steps_per_cpu_s"]
+            found[f"{mode}, {num} envs, ours : peer's usual"] = ours / runs[f"peer, usual, {num} envs"]["steps_per_cpu_s"]
+            found[f"{mode}, {num} envs, ours : peer's fastest"] = ours / max(theirs)
+    return found
+
+
+WORKERS = {f.__name__: f for f in (coinrun_ours, coinrun_peer)}
+PARTS = {"coinrun": (part_coinrun, ratios_coinrun)}
+
+
+# --- the comparison
+
+
+def measure(python: str, worker: str, *args: str) -> dict:
+    """Runs a worker in a fresh process with one XLA device and one thread for it."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "1"}
+    command = [python, str(Path(__file__).resolve()), "--worker", worker, *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
+    if done.returncode:
+        sys.exit(f"{worker} {args} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--peer-python", help="a Python that has procgen")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(WORKERS[args.worker[0]](*args.worker[1:])))
+        return
+    summary = json.loads(OUT.read_text()) if OUT.exists() else {}
+    for part in PARTS if args.part == "all" else (args.part,):
+        runs = {}
+
+        def note(name, *request, runs=runs):
+            runs.setdefault(name, []).append(measure(*request))
+            print(name, {k: round(v, 2) for k, v in runs[name][-1].items()}, flush=True)
+
+        take, ratios = PARTS[part]
+        for _ in range(args.repeats):
+            take(note, args.peer_python)
+        medians = {name: {k: statistics.median(r[k] for r in results) for k in results[0]} for name, results in runs.items()}
+        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+        summary[part] = {"runs": medians, "ratios": ratios(medians), "repeats": args.repeats, "machine": machine}
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()
