@@ -10,7 +10,7 @@ Run:     python algos/genie.py all        (the tokenizer, then the latent action
 
 Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 
-Expect:  videos/controls.gif in which each column of frames moves as its code says
+Expect:  not measured yet; videos/controls.gif shows what each code does, a column each
 
 Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):
  1. Codes are compared on the unit sphere, beta is 0.25, and a code unused for `restart_unused` updates begins anew at an

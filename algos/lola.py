@@ -10,7 +10,7 @@ Run:     python algos/lola.py                              (the prisoner's dilem
 
 Paper:   --preset paper (the games and updates of 1802.05098)
 
-Expect:  welfare well above mutual defection's -2, where naive learners end; results/shaper/ has the numbers
+Expect:  not measured yet; results/shaper.py holds the claims to be
 
 Differs from 1802.05098 (its own value in brackets):
  1. A player's own step is Adam's (plain gradient ascent): with ascent fast enough to learn, policies stuck at 0 and 1.

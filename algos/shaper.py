@@ -12,7 +12,7 @@ Run:     python algos/shaper.py                            (the prisoner's dilem
 
 Paper:   --preset paper, paper_coin_game or paper_in_the_matrix
 
-Expect:  not measured yet (the paper: above mutual cooperation's -1 in the prisoner's dilemma)
+Expect:  not measured yet; results/shaper.py holds the claims to be
 
 Differs from the authors' Pax (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
  1. The evolution's mean is evaluated (the best of the current generation, chosen by its noisy fitness).

@@ -10,8 +10,7 @@ Run:     python algos/shaper_nplayer.py                    (snowdrift, 3 players
 
 Paper:   --preset paper (one shaper), paper_several (two)
 
-Expect:  snowdrift, 4 seeds: over a whole trial the shaper earns 2.87 ± 0.01 of 3, the learners 1.91 ± 0.01 each, where learners
-         alone earn 2.23 (mean, standard deviation); 190 CPU-seconds with compilation, two cores
+Expect:  not measured yet; results/shaper_nplayer.py holds the claims to be
 
 Differs from the paper (its own value in brackets, from the authors' code; the `cpu` preset also changes the numbers in CPU below):
  1. The evolution's means are evaluated (the best member of a generation, chosen by its noisy fitness).

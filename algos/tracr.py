@@ -10,7 +10,7 @@ Run:     python algos/tracr.py          (--program max for Max-identifier; --swe
 
 Paper:   --preset paper
 
-Expect:  the compiled program is exact; what fine-tuning does to it is in figures/ (finetuning, attention, pruning, revival)
+Expect:  not measured yet; what fine-tuning does to the program is in figures/ (finetuning, attention, pruning, revival)
 
 Every C_Tr, learning rate and seed is a lane of one program. Two more lanes start reverse fine-tuning from what never counted a:
 `other`, compiled for b (the paper's Scr. + FT), and `scratch`, random weights (Scr.). They are not trained before.
