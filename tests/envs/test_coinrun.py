@@ -103,6 +103,7 @@ def test_velocity_patch():
     paint = lambda vx, vy: coinrun.to_bytes(coinrun.paint_velocity(jnp.zeros((64, 64), jnp.uint32), np.float32(vx), np.float32(vy)))
     image, up = np.asarray(paint(0.25, -1.5)), np.asarray(paint(0, 1.5))
     assert (image[:13, :13] == 191).all() and not image[:13, 13:].any() and not image[13:].any()
+    assert paint(0, np.float32(1.5) - np.float32(0.2) - np.float32(0.2))[0, 13, 0] == 220  # in the game; 221 without the last bits
     assert (up[:13, :13] == 127).all() and (up[:13, 13:26] == 255).all()
 
 
