@@ -187,7 +187,7 @@ def watcher(learner) -> Player:
         return (params, jnp.stack([starts, did, paid, answers])), memory
 
     act = lambda weights, memory, obs: learner.act((weights[0],), memory, obs)
-    return Player(act, end, learns=True)
+    return Player(act, end, records="episode")
 
 
 def test_record_of_an_episode():
