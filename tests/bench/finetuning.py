@@ -12,17 +12,11 @@ and backwards, each timed alone at its shape, in float32.
 FLOPs of a step: 2 m n k for every product (m, k) x (k, n); the backward pass has twice the forward pass's. Nothing else is counted.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from harness import ROOT, is_worker, machine, measure, medians, noting, parser_of, write
+
 OUT = ROOT / "results" / "bench" / "finetuning.json"
 STEPS = 20
 SIZES = {
@@ -170,33 +164,16 @@ WORKERS = {f.__name__: f for f in (ours, matmuls, torch_peer)}
 # --- the comparison
 
 
-def measure(python: str, worker: str, *args: str) -> dict:
-    """Runs a worker in a fresh process; ours on one device, so that CPU-seconds are those of the work."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-    command = [python, str(Path(__file__).resolve()), "--worker", worker, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
-    if done.returncode:
-        sys.exit(f"{worker} {args} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--peer-python", help="a Python that has PyTorch")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--lanes", type=int, nargs="+", default=[1, 4], help="seeds side by side, two models each")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(WORKERS[args.worker[0]](*args.worker[1:])))
+    if is_worker(args, WORKERS):
         return
     runs = {}
-
-    def note(name, *request):
-        runs.setdefault(name, []).append(measure(*request))
-        print(name, {k: round(v, 3) for k, v in runs[name][-1].items()}, flush=True)
-
+    note = noting(runs, lambda *request: measure(__file__, *request, JAX_NUM_CPU_DEVICES="1"))  # so CPU-seconds are the work's
     for _ in range(args.repeats):
         for size in args.sizes:
             note(f"matrix products, {size}", sys.executable, "matmuls", size)
@@ -204,18 +181,16 @@ def main() -> None:
                 note(f"ours, {size}, {lanes} seeds", sys.executable, "ours", size, str(lanes))
             if args.peer_python:
                 note(f"PyTorch, {size}", args.peer_python, "torch_peer", size)
-    medians = {name: {k: statistics.median(r[k] for r in results) for k in results[0]} for name, results in runs.items()}
+    middle = medians(runs)
     summary = {
-        "runs": medians,
-        "ratios": ratios(medians, args),
+        "runs": middle,
+        "ratios": ratios(middle, args),
         "repeats": args.repeats,
         "sizes": {s: SIZES[s] for s in args.sizes},
     }
     summary["flops_per_token"] = {size: flops(SIZES[size]) / tokens_of(SIZES[size]) for size in args.sizes}
-    summary["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
+    summary["machine"] = machine()
+    write(OUT, summary)
 
 
 def ratios(runs: dict, args) -> dict:

@@ -12,19 +12,16 @@ coinrun   hard levels, 15 random actions, auto-reset. "play" steps alone; "pixel
           without) and in its cheapest mode (flat rectangles, no backgrounds)
 """
 
-import argparse
 import json
 import os
-import platform
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from harness import ROOT, is_worker, machine, measure, medians, noting, parser_of, write
+
 OUT = ROOT / "results" / "bench" / "genie.json"
 CACHE = Path(tempfile.gettempdir()) / f"nightjax-bench-{os.getpid()}"
 ENVS = (64, 256)
@@ -115,43 +112,25 @@ PARTS = {"coinrun": (part_coinrun, ratios_coinrun)}
 # --- the comparison
 
 
-def measure(python: str, worker: str, *args: str) -> dict:
-    """Runs a worker in a fresh process with one XLA device and one thread for it."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "1"}
-    command = [python, str(Path(__file__).resolve()), "--worker", worker, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
-    if done.returncode:
-        sys.exit(f"{worker} {args} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--peer-python", help="a Python that has procgen")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(WORKERS[args.worker[0]](*args.worker[1:])))
+    if is_worker(args, WORKERS):
         return
+    env = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "1"}
+    start = lambda *request: measure(__file__, *request, **env)
     summary = json.loads(OUT.read_text()) if OUT.exists() else {}
     for part in PARTS if args.part == "all" else (args.part,):
         runs = {}
-
-        def note(name, *request, runs=runs):
-            runs.setdefault(name, []).append(measure(*request))
-            print(name, {k: round(v, 2) for k, v in runs[name][-1].items()}, flush=True)
-
+        note = noting(runs, start)
         take, ratios = PARTS[part]
         for _ in range(args.repeats):
             take(note, args.peer_python)
-        medians = {name: {k: statistics.median(r[k] for r in results) for k in results[0]} for name, results in runs.items()}
-        machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-        summary[part] = {"runs": medians, "ratios": ratios(medians), "repeats": args.repeats, "machine": machine}
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
+        middle = medians(runs)
+        summary[part] = {"runs": middle, "ratios": ratios(middle), "repeats": args.repeats, "machine": machine()}
+    write(OUT, summary)
 
 
 if __name__ == "__main__":

@@ -16,19 +16,15 @@ brax      QDax's own half-cheetah (Brax's spring physics) and scoring function, 
 agreement QDax's metrics of a repertoire made of our archive's elites, beside ours
 """
 
-import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from harness import ROOT, is_worker, machine, measure, medians, noting, parser_of, write
+
 OUT = ROOT / "results" / "bench" / "mix_me.json"
 CACHE = Path(tempfile.gettempdir()) / f"nightjax-bench-{os.getpid()}"
 BATCH, STEPS, CELLS, HIDDEN = 256, 100, 1024, 64
@@ -242,31 +238,18 @@ WORKERS = {f.__name__: f for f in (loop_ours, run_ours, archive_ours, export_our
 # --- the comparison
 
 
-def measure(python: str, worker: str, *args: str) -> dict:
-    """Runs a worker in a fresh process."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(CACHE / Path(python).parts[-3])}
-    command = [python, str(Path(__file__).resolve()), "--worker", worker, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800)
-    if done.returncode:
-        sys.exit(f"{worker} {args} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--peer-python", help="a Python that has QDax")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(WORKERS[args.worker[0]](*args.worker[1:])))
+    if is_worker(args, WORKERS):
         return
     runs = {}
 
-    def note(name, *request):
-        runs.setdefault(name, []).append(measure(*request))
-        print(name, {k: round(v, 3) for k, v in runs[name][-1].items()}, flush=True)
+    def start(python, worker, *rest):
+        return measure(__file__, python, worker, *rest, JAX_COMPILATION_CACHE_DIR=str(CACHE / Path(python).parts[-3]))
 
+    note = noting(runs, start)
     for _ in range(args.repeats):
         note("ours, one agent", sys.executable, "loop_ours", "variant=single_agent")
         for seeds in ("1", "2"):
@@ -284,13 +267,11 @@ def main() -> None:
     if args.peer_python:
         path = str(CACHE / "archive.npz")
         CACHE.mkdir(parents=True, exist_ok=True)
-        agreement = {"ours": measure(sys.executable, "export_ours", path), "QDax": measure(args.peer_python, "metrics_peer", path)}
-    medians = {name: {k: statistics.median(r[k] for r in results) for k in results[0]} for name, results in runs.items()}
-    summary = {"runs": medians, "ratios": ratios(medians), "agreement": agreement, "repeats": args.repeats}
-    summary["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
+        agreement = {"ours": start(sys.executable, "export_ours", path), "QDax": start(args.peer_python, "metrics_peer", path)}
+    middle = medians(runs)
+    summary = {"runs": middle, "ratios": ratios(middle), "agreement": agreement, "repeats": args.repeats}
+    summary["machine"] = machine()
+    write(OUT, summary)
 
 
 def ratios(runs: dict) -> dict:

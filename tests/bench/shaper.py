@@ -21,13 +21,7 @@ Where no checkout of Pax is given, its numbers are those that were measured earl
 output says so.
 """
 
-import argparse
-import json
-import os
-import platform
 import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +29,8 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from harness import ROOT, is_worker, machine, measure, medians, noting, parser_of, write
+
 OUT = ROOT / "results" / "bench" / "shaper.json"
 # name -> our preset, Pax's configuration, (population, opponents, environments, episodes, steps), least ratio
 KINDS = {
@@ -205,34 +200,18 @@ WORKERS = {f.__name__: f for f in (generation_ours, generation_pax, programs_our
 # --- the comparison
 
 
-def measure(python: str, worker: str, *args: str) -> dict:
-    """Runs a worker in a fresh process, without a compilation cache."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_PLATFORMS": "cpu"}
-    command = [python, str(Path(__file__).resolve()), "--worker", worker, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
-    if done.returncode:
-        sys.exit(f"{worker} {args} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--pax", help="a checkout of Pax")
     parser.add_argument("--pax-python", help="a Python that has Pax's requirements")
     parser.add_argument("--jaxmarl-python", help="a Python that has JaxMARL")
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(WORKERS[args.worker[0]](*args.worker[1:])))
+    if is_worker(args, WORKERS):
         return
     runs = {}
-
-    def note(name, *request):
-        runs.setdefault(name, []).append(measure(*request))
-        print(name, {k: round(v, 3) for k, v in runs[name][-1].items()}, flush=True)
-
+    env = {"JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_PLATFORMS": "cpu"}  # without a cache of compiled programs
+    note = noting(runs, lambda *request: measure(__file__, *request, timeout=3600, **env))
     for _ in range(args.repeats):
         for kind in KINDS:
             note(f"{kind} ours", sys.executable, "generation_ours", kind)
@@ -244,12 +223,10 @@ def main() -> None:
                 note(f"{kind} world JaxMARL", args.jaxmarl_python, "world_jaxmarl", kind)
     for preset in ("cpu", "coin_game", "in_the_matrix"):
         note(f"{preset} programs", sys.executable, "programs_ours", preset)
-    medians = {name: {k: statistics.median(r[k] for r in results) for k in results[0]} for name, results in runs.items()}
-    summary = {"runs": medians, "ratios": ratios(medians), "repeats": args.repeats}
-    summary["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
+    middle = medians(runs)
+    summary = {"runs": middle, "ratios": ratios(middle), "repeats": args.repeats}
+    summary["machine"] = machine()
+    write(args.out, summary)
 
 
 def ratios(runs: dict) -> dict:

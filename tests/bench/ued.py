@@ -15,13 +15,9 @@ the parallel and the serial forms; and a cycle of PLR whose replay decision is d
 seed, for which XLA runs both branches in every cycle.
 """
 
-import argparse
 import ast
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +25,8 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from harness import ROOT, is_worker, machine, measure, medians, noting, parser_of, write
+
 OUT = ROOT / "results" / "bench" / "ued.json"
 CACHE = Path(tempfile.gettempdir()) / f"nightjax-bench-{os.getpid()}"
 NUM_ENVS, NUM_STEPS, EPOCHS, REPLAY_PROB = 32, 256, 5, 0.8
@@ -246,21 +243,6 @@ WORKERS = {f.__name__: f for f in (train_ours, coin_ours, compile_ours, train_pe
 # --- the comparison
 
 
-def measure(python: str, worker: str, *args: str) -> dict:
-    """Runs a worker in a fresh process."""
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(CACHE / "shared")}
-    command = [python, str(Path(__file__).resolve()), "--worker", worker, *args]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
-    if done.returncode:
-        sys.exit(f"{worker} {args} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def median(results: list[dict]) -> dict:
-    """Field-wise median."""
-    return {name: statistics.median(result[name] for result in results) for name in results[0]}
-
-
 def flop_per_step(method: str, hidden: int = 256) -> float:
     """Multiply-adds x 2 of the network for each environment step: one pass to act, three for each pass of PPO."""
     forward = 2 * (9 * 27 * 16 + (149 + hidden) * 4 * hidden + hidden * 64 + 32 * 8)
@@ -269,22 +251,14 @@ def flop_per_step(method: str, hidden: int = 256) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--peer", help="a checkout of JaxUED")
     parser.add_argument("--peer-python", default=sys.executable, help="a Python that has JaxUED's requirements")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(WORKERS[args.worker[0]](*args.worker[1:])))
+    if is_worker(args, WORKERS):
         return
-
     python, runs, cache = sys.executable, {}, str(CACHE / "shared")
-
-    def note(name, *request):
-        runs.setdefault(name, []).append(measure(*request))
-        print(name, {k: round(v, 3) for k, v in runs[name][-1].items()}, flush=True)
-
+    note = noting(runs, lambda *request: measure(__file__, *request, JAX_COMPILATION_CACHE_DIR=cache))
     for _ in range(args.repeats):
         note("matmul", python, "matmul")
         note("maze ours", python, "maze_ours")
@@ -312,12 +286,10 @@ def main() -> None:
     for method in ("dr", "plr", "accel", "paired"):
         for state in ("cold", "warm"):  # twice in a cache that begins empty
             note(f"{method} compile {state}", python, "compile_ours", method, str(CACHE / "fresh"))
-    summary = summarise({name: median(results) for name, results in runs.items()}, bool(args.peer))
-    summary["machine"] = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    summary = summarise(medians(runs), bool(args.peer))
+    summary["machine"] = machine()
     summary["repeats"] = args.repeats
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary, indent=1))
+    write(OUT, summary)
 
 
 def summarise(runs: dict, with_peer: bool) -> dict:
