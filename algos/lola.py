@@ -8,13 +8,15 @@ Run:     python algos/lola.py                              (the prisoner's dilem
          python algos/lola.py --num-lola 1                 (LOLA against a naive learner; 0: naive learners alone)
          python algos/lola.py --env public_goods --num-players 3
 
-Paper:   --preset paper (the games and updates of 1802.05098)
+Paper:   --preset paper (the numbers of github.com/alexis-jacq/LOLA_DiCE, as the paper's own could not be read)
 
 Expect:  not measured yet; results/shaper.py holds the claims to be
 
-Differs from 1802.05098 (its own value in brackets):
- 1. A player's own step is Adam's (plain gradient ascent): with ascent fast enough to learn, policies stuck at 0 and 1.
- 2. `cpu` plays 256 games of 100 steps for a gradient (64 of 150): with 64 its noise kept cooperation from lasting.
+Differs from 1802.05098 and that code (their own value in brackets):
+ 1. A player's own step is Adam's, as in that code (1802.05098: plain gradient ascent).
+ 2. Policies begin at normal random logits (0). The baseline of a state is fitted to the returns from there (to the reward).
+ 3. `cpu` plays 256 games of 100 steps for a gradient, with a step of 0.1 for 300 updates (128 of 150, 0.2, 200).
+ 4. Among N players each LOLA player imagines all others learning at once (two players).
 """
 
 from dataclasses import dataclass, replace
@@ -76,7 +78,7 @@ class Config(RunConfig):
 
 
 CPU = Config(num_seeds=8, num_updates=300, log_every=10, eval_every=100, save_every=100)
-PAPER = replace(CPU, preset="paper", num_seeds=5, num_updates=200, num_envs=64, num_steps=150, lr=0.2, lr_naive=0.2)
+PAPER = replace(CPU, preset="paper", num_seeds=5, num_updates=200, num_envs=128, num_steps=150, lr=0.2, lr_naive=0.2)
 PRESETS = {"cpu": CPU, "paper": PAPER}
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from measure import over, spread, summary, trained
+from measure import made_by, over, seeds_of, spread, summary, trained, under
 
 from algos.finetuning import (
     PRUNED,
@@ -56,12 +56,6 @@ class Study:
         curve = self["pruning"][:, arm, : sum(k <= K_MOST for k in PRUNED)]
         best = curve[..., 0].argmax(1)
         return curve[np.arange(len(curve)), best, 1] - curve[:, 0, 1]
-
-
-def under(name: str, words: str, paper: str, value: float, bar: float, unit: str = "") -> dict:
-    """A claim that a measured number is at most a bar."""
-    here, holds = f"{value:.2f}{unit}", "yes" if value <= bar else "no"
-    return dict(id=name, claim=words, paper=paper, here=here, check=f"at most {bar:g}{unit}", holds=holds)
 
 
 # --- claims: every number is a median over seeds
@@ -150,14 +144,13 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
 
 def how(study: Study) -> list[str]:
     """What was run."""
-    runs, config = [summary(folder) for folder in study.folders], study.config
-    seeds = " and ".join(f"{r['config']['seed']} to {r['config']['seed'] + r['config']['num_seeds'] - 1}" for r in runs)
+    runs, config, seeds = [summary(folder) for folder in study.folders], study.config, seeds_of(study.folders)
     majority, minutes = study["majority_tests"][0], np.mean([r["train_s"] for r in runs]) / 60
     return [
         f"Seeds {seeds}; {config.pretrain_updates} steps of pre-training, {config.finetune_updates} of fine-tuning, "
         f"{config.reverse_updates} of reFT, {config.batch_size} texts of {config.length} letters a step, window {config.window}, "
-        f"{config.layers} blocks of width {config.width}; {minutes:.0f} min a set; {runs[0]['devices']}, "
-        f"commit {', '.join(sorted({r['commit'] or '?' for r in runs}))}, jax {runs[0]['versions']['jax']}.",
+        f"{config.layers} blocks of width {config.width}; {minutes:.0f} min a set; "
+        f"{made_by({'study': study.folders})}.",
         f"Mean ± standard error over seeds. The commonest answers of the tests would score {majority[0]:.3f} (a), "
         f"{majority[1]:.3f} (b, C_Te 0) and {majority[2]:.3f} (b, C_Te 1). Steps: of reFT until 90 % on a.",
     ]

@@ -69,6 +69,19 @@ def last(folders: list[Path], column: str) -> np.ndarray:
     return np.array([y[-1] for _, y in curve(folders, "update", column)])
 
 
+def seeds_of(folders: list[Path]) -> str:
+    """The seeds of runs in words: 0 to 3 and 1000 to 1003."""
+    configs = [summary(folder)["config"] for folder in folders]
+    return " and ".join(f"{c['seed']} to {c['seed'] + c['num_seeds'] - 1}" for c in configs)
+
+
+def made_by(runs: dict[str, list[Path]]) -> str:
+    """The machine and the code of runs in words: devices, commits, version of jax."""
+    found = [summary(folder) for folders in runs.values() for folder in folders]
+    commits = sorted({each["commit"] or "?" for each in found})
+    return f"{found[0]['devices']}, commit {', '.join(commits)}, jax {found[0]['versions']['jax']}"
+
+
 # --- statistics
 
 
@@ -127,6 +140,17 @@ def over(name: str, words: str, paper: str, value: float, bar: float, unit: str 
     """A claim that a measured number is above a bar."""
     here = f"{value:.2f}{unit}"
     return dict(id=name, claim=words, paper=paper, here=here, check=f"above {bar:g}{unit}", holds="yes" if value > bar else "no")
+
+
+def under(name: str, words: str, paper: str, value: float, bar: float, unit: str = "") -> dict:
+    """A claim that a measured number is at most a bar."""
+    here, holds = f"{value:.2f}{unit}", "yes" if value <= bar else "no"
+    return dict(id=name, claim=words, paper=paper, here=here, check=f"at most {bar:g}{unit}", holds=holds)
+
+
+def constant(value: float, like) -> np.ndarray:
+    """A known number as the reference of a claim, as often as `like` has values."""
+    return np.full(len(like), float(value))
 
 
 def claims_table(claims: list[dict]) -> str:

@@ -20,13 +20,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
+import finetuning  # noqa: E402
 import mix_me  # noqa: E402
 import shaper  # noqa: E402
+import shaper_nplayer  # noqa: E402
+import tracr  # noqa: E402
 import ued  # noqa: E402
 from measure import claims_table  # noqa: E402
 
 # each has train(seed, num_seeds, out) -> runs, claims([runs, ...]), report([runs, ...], out) -> table, figures
-METHODS = {"ued": ued, "mix_me": mix_me, "shaper": shaper}
+METHODS = {"ued": ued, "mix_me": mix_me, "shaper": shaper, "shaper_nplayer": shaper_nplayer}
+METHODS |= {"finetuning": finetuning, "tracr": tracr}
 
 
 def with_verdicts(make_claims, sets: list) -> list[dict]:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, curve, draw_band, equal, last, over, pooled, spread, summary, trained
+from measure import ROOT, above, constant, curve, draw_band, equal, last, made_by, over, pooled, seeds_of, spread, summary, trained
 
 SHAPER = "--preset cpu"
 COIN = "--preset coin_game --num-episodes 50 --num-updates 80 --eval-every 40 --save-every 40"
@@ -41,11 +41,6 @@ def claims(sets: list[dict[str, Path]]) -> list[dict]:
     return [*dilemma(of), *memory(of), *probes(of), *others(of), *gridworlds(of, runs), *speed()]
 
 
-def constant(value: float, like) -> np.ndarray:
-    """A known number, as a reference."""
-    return np.full(len(like), float(value))
-
-
 def dilemma(of) -> list[dict]:
     """Who exploits whom in the iterated prisoner's dilemma (mutual cooperation -1 a step, defection -2)."""
     reward, gap = {}, {}
@@ -53,7 +48,7 @@ def dilemma(of) -> list[dict]:
         reward[name] = of[name]("eval_shaper")
         gap[name] = reward[name] - of[name]("eval_learner")
     ours, paper = reward["Shaper"], "2312.12568, abstract: improves individual and collective outcomes"
-    naive = np.concatenate([of["Shaper"]("naive_1_last"), of["Shaper"]("naive_2_last")])
+    naive = (of["Shaper"]("naive_1_last") + of["Shaper"]("naive_2_last")) / 2  # one value a seed: both played the same trial
     words = "two naive learners end near mutual defection: below -1.85 a step in the last tenth of a trial"
     made = [above("ipd-naive", words, "game theory: -2", constant(-1.85, naive), naive)]
     words = "Shaper earns more than mutual cooperation would give, -1 a step"
@@ -130,13 +125,9 @@ def speed() -> list[dict]:
     """tests/bench/shaper.py."""
     path = ROOT / "results" / "bench" / "shaper.json"
     ratios = json.loads(path.read_text())["ratios"] if path.exists() else {}
-    bars = {"dilemma": 4.0, "coin game": 4.0, "in the matrix": 10.0, "raw": 3.0}
-    made = []
-    for name, value in ratios.items():
-        bar = next((bar for word, bar in bars.items() if word in name), None)
-        if bar is not None:
-            made.append(over(name.replace(" ", "-"), name, "own bar", value, bar, " times"))
-    return made
+    beside = {name: found for name, found in ratios.items() if "earlier" not in name}  # what was measured in the same run
+    claim = lambda name, found: over(name.replace(" ", "-"), name, "own bar", found["ratio"], found["least"], " times")
+    return [claim(name, found) for name, found in beside.items()]
 
 
 # --- tables and figures
@@ -156,15 +147,11 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
 
 def how(runs) -> list[str]:
     """What was run."""
-    first = summary(runs["Shaper"][0])
-    config, seeds = first["config"], [summary(folder)["config"] for folder in runs["Shaper"]]
-    sets = " and ".join(f"{c['seed']} to {c['seed'] + c['num_seeds'] - 1}" for c in seeds)
-    commits = sorted({summary(folder)["commit"] or "?" for folders in runs.values() for folder in folders})
+    config, seeds = summary(runs["Shaper"][0])["config"], seeds_of(runs["Shaper"])
     return [
-        f"Seeds {sets}. Matrix games: population {config['population_size']}, {config['num_opponents']} opponents, trials of "
+        f"Seeds {seeds}. Matrix games: population {config['population_size']}, {config['num_opponents']} opponents, trials of "
         f"{config['num_episodes']} episodes of {config['num_steps']} steps, tabular PPO learners; the evolution's mean against "
-        f"{config['eval_learners']} fresh learners in a whole trial. {first['devices']}, commit {', '.join(commits)}, "
-        f"jax {first['versions']['jax']}.",
+        f"{config['eval_learners']} fresh learners in a whole trial. {made_by(runs)}.",
         "Reward a step, mean ± standard error over seeds. Half blind: in one of its two environments the policy sees nothing. "
         "Stopped: the learner learns in the first two episodes only.",
     ]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, draw_band, last, pooled, spread, summary, trained
+from measure import ROOT, above, constant, draw_band, last, made_by, pooled, seeds_of, spread, summary, trained
 
 sys.path[:0] = [str(ROOT)]
 FLAGS = "--preset cpu --eval-every 60 --save-every 60"
@@ -75,11 +75,6 @@ def claims(sets: list[dict[str, Path]]) -> list[dict]:
     of = {name: partial(last, folders) for name, folders in runs.items()}
     gap = lambda name: of[name]("eval_shapers") - of[name]("eval_learners")
     return [*exploits(of, gap), *welfare(of), *falls(gap), *several(of, runs)]
-
-
-def constant(value: float, like) -> np.ndarray:
-    """A known number, as a reference."""
-    return np.full(len(like), float(value))
 
 
 def exploits(of, gap) -> list[dict]:
@@ -150,14 +145,11 @@ def kinds(config) -> list[str]:
 def how(runs) -> list[str]:
     """What was run."""
     folders = next(iter(runs.values()))
-    first, seeds = summary(folders[0]), [summary(folder)["config"] for folder in folders]
-    config = first["config"]
-    sets = " and ".join(f"{c['seed']} to {c['seed'] + c['num_seeds'] - 1}" for c in seeds)
-    commits = sorted({summary(folder)["commit"] or "?" for each in runs.values() for folder in each})
+    config, seeds = summary(folders[0])["config"], seeds_of(folders)
     return [
-        f"Seeds {sets}. Population {config['population_size']}, {config['num_opponents']} groups of tabular PPO learners, episodes "
-        f"of {config['num_steps']} steps; the evolutions' means with {config['eval_learners']} fresh groups in a whole trial. "
-        f"{first['devices']}, commit {', '.join(commits)}, jax {first['versions']['jax']}.",
+        f"Seeds {seeds}. Population {config['population_size']}, {config['num_opponents']} groups of tabular PPO learners, "
+        f"episodes of {config['num_steps']} steps; the evolutions' means with {config['eval_learners']} fresh groups in a whole "
+        f"trial. {made_by(runs)}.",
         "Reward a step, mean ± standard error over seeds; welfare is the mean of all players, in the last tenth of a trial. Alone: "
         "learners in all seats. Tit-for-tat sits in the shapers' seats.",
     ]

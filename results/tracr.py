@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from measure import over, summary, trained
+from measure import made_by, over, pooled, seeds_of, summary, trained
 
 PROGRAMS = ("counter", "max")
 PAPER = {"exact": "by construction", "attention": "fig. 10", "prune": "G.1: over 60 points", "control": "fig. 79a (PCFG)"}
@@ -116,13 +116,13 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
 
 def how(sets) -> list[str]:
     """What was run."""
-    first, configs = summary(sets[0]["counter"]), [summary(runs["counter"])["config"] for runs in sets]
-    seeds = " and ".join(f"{c['seed']} to {c['seed'] + c['num_seeds'] - 1}" for c in configs)
-    config, steps = configs[0], finetune_steps(configs[0])
-    minutes = np.mean([summary(path)["train_s"] for runs in sets for path in runs.values()]) / 60
+    runs = pooled(sets)
+    config = summary(sets[0]["counter"])["config"]
+    steps, seeds = finetune_steps(config), seeds_of(runs["counter"])
+    minutes = np.mean([summary(path)["train_s"] for each in sets for path in each.values()]) / 60
     return [
         f"Seeds {seeds}; {steps} steps of fine-tuning and {config['num_updates'] - steps} of reverse fine-tuning, batches of "
-        f"{config['batch_size']}; {first['devices']}, commit {first['commit']}, jax {first['versions']['jax']}; "
+        f"{config['batch_size']}; {made_by(runs)}; "
         f"{minutes:.1f} minutes a program and set.",
         "",
         "Median over seeds, all without the link but b_ce1. a: the old task, b: the new one; pruned_top1_a: the weight of the "

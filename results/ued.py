@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, curve, equal, iqm, iqm_interval, late_value, over, spread, summary, trained
+from measure import ROOT, above, curve, equal, iqm, iqm_interval, late_value, made_by, over, seeds_of, spread, summary, trained
 
 # name -> file, flags. DR goes on until it has made as many environment steps as the others, whose gradient updates are fewer.
 RUNS = {
@@ -221,13 +221,10 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
 
 def how(runs) -> list[str]:
     """What was run."""
-    first = summary(runs["PLR"][0])
-    config, seeds = first["config"], [summary(folder)["config"]["seed"] for folder in runs["PLR"]]
-    sets = " and ".join(f"{seed} to {seed + config['num_seeds'] - 1}" for seed in seeds)
-    commits = sorted({summary(folder)["commit"] or "?" for folders in runs.values() for folder in folders})
+    config, seeds = summary(runs["PLR"][0])["config"], seeds_of(runs["PLR"])
     return [
-        f"Seeds {sets}, `cpu` presets (LSTM {config['hidden']}, {config['num_envs']} x {config['num_steps']} steps a batch), "
-        f"{first['devices']}, commit {', '.join(commits)}, jax {first['versions']['jax']}.",
+        f"Seeds {seeds}, `cpu` presets (LSTM {config['hidden']}, {config['num_envs']} x {config['num_steps']} steps a batch), "
+        f"{made_by(runs)}.",
         f"Held-out: the ten named mazes, {config['eval_episodes']} episodes each, mean ± standard error over seeds.",
         f"Suite: the mazes of the second table, {SUITE_EPISODES} episodes each, interquartile mean with 95 % bootstrap interval.",
         "Comparisons take the mean of a curve's last fifth. That was settled after the curves of seeds 0 to 3 were seen; the "

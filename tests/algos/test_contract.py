@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sizes import SIZES
 
 from common.config import RunConfig
 from common.devices import make_mesh
@@ -22,12 +23,7 @@ SMALL |= dict(teacher_hidden=8, teacher_filters=2, search_every=2, search_batche
 SMALL |= dict(buffer_size=16, min_fill=0.2, replay_prob=0.9)  # 256 steps: an episode must end for its level to enter the buffer
 SMALL |= dict(population_size=4, num_opponents=2, rl_minibatches=2, num_episodes=2, eval_learners=2)  # the trials of the shapers
 SMALL |= dict(robot="hopper", batch_size=8, episode_length=10, num_cells=16, cvt_samples=64, num_emitters=2)
-SMALL |= dict(sweep="single", eval_strings=8, candidates=2)  # the study of tracr as one setting
-SMALL |= dict(pretrain_updates=2, finetune_updates=1, batch_size=8, width=8, layers=1, heads=2, length=16, window=5, occurrence=1)
-SMALL |= dict(priors=(0.999,), finetune_lrs=(1e-3,), eval_size=8, probe_size=16, probe_updates=2)
-SMALL |= dict(data="dots", size=16, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, heads=2, ffn=2)
-SMALL |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2)
-SMALL |= dict(encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1, eval_clips=4, warmup=1, tokenizer_warmup=1)
+SMALL |= SIZES
 RUN = dict(num_seeds=2, num_updates=4, log_every=2, eval_every=2, save_every=2)
 VARIANTS = [(name, {}) for name in METHODS]
 VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper", {"method": "mfos", "trainer": "ppo"})]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sizes import SIZES
 
 from common.config import UsageError
 from common.standalone import export, main, read_module
@@ -21,12 +22,7 @@ METHODS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
 RUN = dict(num_seeds=2, num_updates=4, log_every=4, eval_every=4, save_every=4)
 SMALL = dict(num_envs=4, num_steps=16, hidden=4, eval_episodes=1, num_epochs=1, num_minibatches=1, buffer_size=16)
 SMALL |= dict(robot="hopper", batch_size=4, episode_length=4, num_cells=16, cvt_samples=64, population_size=4, num_episodes=2)
-SMALL |= dict(sweep="single", eval_strings=8, candidates=2)
-SMALL |= dict(pretrain_updates=2, finetune_updates=1, batch_size=8, width=8, layers=1, heads=2, length=16, window=5, occurrence=1)
-SMALL |= dict(priors=(0.999,), finetune_lrs=(1e-3,), eval_size=8, probe_size=16, probe_updates=2)
-SMALL |= dict(data="dots", size=16, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, ffn=2)
-SMALL |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2)
-SMALL |= dict(encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1, eval_clips=4, warmup=1, tokenizer_warmup=1)
+SMALL |= SIZES
 QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 AS_IN_TEST_COMMAND = (  # of tests/algos: compiled once for both
     "--num-seeds 2 --num-updates 8 --log-every 2 --eval-every 4 --save-every 4 --num-envs 4 --num-steps 256 --hidden 8 "
