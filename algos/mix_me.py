@@ -5,7 +5,8 @@ the share of the time that each foot touches the ground. An archive keeps the fi
 update offers it a batch of children of its elites. Mix-ME adds team-crossover: a child takes each of its agents from another elite,
 whole. What counts is the QD score, the sum of the elites' fitness: how many ways to move are known, and how good they are.
 
-Run:     python algos/mix_me.py         (--variant naive for the same without crossover; --robot walker, quad, hopper)
+Run:     python algos/mix_me.py         (--variant naive for the same without crossover; --robot walker, quad, hopper;
+                                        the paper's, with the physics extra: --robot ant_4x2, halfcheetah_6x1, ...)
 
 Paper:   --preset paper
 
@@ -16,7 +17,7 @@ The archive of a run is in arrays/ (genotype, fitness, descriptor, centroids; le
 teams (B, policies, parameters) of it again.
 
 Differs from the paper (2311.01829; settings of its code, github.com/gardarjuto/Mix-ME, as no others could be read):
- 1. Robots and physics are those of envs/planar.py (Brax v1's ant, half-cheetah, hopper, walker, humanoid).
+ 1. The default robots and their physics are those of envs/planar.py, the paper's robots run in MJX: envs/locomotion.py (Brax v1).
  2. Episodes begin in one and the same pose (in one of batch_size random ones, always the same for each place of a batch); how
     the elites do from others is measured at evaluations, as the corrected scores.
  3. Random choices are drawn anew for every child (Python's random numbers, once when the program is traced).
@@ -25,6 +26,7 @@ Differs from the paper (2311.01829; settings of its code, github.com/gardarjuto/
     10^8 entries) and `--emitter iso_line` are not in the paper.
 """
 
+import importlib.util
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -51,7 +53,8 @@ from common.config import RunConfig, cli, require, require_multiple, require_ran
 from common.devices import shard_batch
 from common.env import select
 from common.run import Train, run
-from envs.planar import Planar, PlanarParams, PlanarState
+from envs.locomotion import TASKS, Locomotion
+from envs.planar import Planar, PlanarParams
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,11 @@ class Config(RunConfig):
 
     num_updates: int = 1000
     """Generations per seed: each plays a batch of teams and offers them to the archive. The first one's are random."""
-    robot: Literal["cheetah", "walker", "hopper", "quad"] = "cheetah"
-    """Six agents with one joint each, two with three, three with one, four with two."""
+    robot: Literal[
+        "cheetah", "walker", "hopper", "quad", "halfcheetah_6x1", "walker2d_2x3", "hopper_3x1", "ant_4x2", "humanoid_9|8"
+    ] = "cheetah"
+    """Six agents with one joint each, two with three, three with one, four with two (envs/planar.py); the others, the paper's, have
+    their agents and joints in their names and need the physics extra (envs/locomotion.py)."""
     obs_distance: int = 1
     """How far an agent sees along the robot's joints; -1 for all of it."""
     variant: Literal["mix_me", "shared_pool", "naive", "parameter_sharing", "single_agent"] = "mix_me"
@@ -114,6 +120,9 @@ class Config(RunConfig):
         counts = "batch_size episode_length hidden num_cells cvt_samples cvt_iterations num_emitters"
         for name in counts.split():
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.robot in TASKS:
+            found = importlib.util.find_spec("mujoco") and importlib.util.find_spec("mujoco.mjx")
+            require(bool(found), f"--robot {self.robot}: needs MuJoCo's MJX, pip install -e '.[physics]'")
         require(self.obs_distance >= -1, f"--obs-distance {self.obs_distance}: must be at least -1")
         require(self.k_mutations >= 0, f"--k-mutations {self.k_mutations}: must not be negative")
         require_range(self, 0, 1, "variation_percentage", "crossplay_percentage", "proportion_to_mutate")
@@ -157,10 +166,10 @@ class State(NamedTuple):
 class Team(NamedTuple):
     """How a variant's policies and its robot go together."""
 
-    env: Planar
+    env: Planar | Locomotion
     num_policies: int
     sizes: tuple[int, ...]  # of the layers
-    observe: Any  # PlanarState (..., B) -> (agents, sizes[0], B)
+    observe: Any  # state (..., B) -> (agents, sizes[0], B)
     outputs: np.ndarray  # (agents, joints of each): which of a policy's outputs move the agent's joints
 
     @property
@@ -170,7 +179,8 @@ class Team(NamedTuple):
 
 def make_team(config: Config) -> Team:
     """The robot shared out as the variant wants it."""
-    env = Planar(config.robot, config.obs_distance, single=config.variant == "single_agent")
+    world = Locomotion if config.robot in TASKS else Planar
+    env = world(config.robot, config.obs_distance, single=config.variant == "single_agent")
     alike = config.variant in ("parameter_sharing", "shared_pool")
     num_policies = 1 if config.variant == "parameter_sharing" else env.num_agents
     size_in, size_out, observe = env.obs_size, env.num_actions, env.get_obs
@@ -179,7 +189,7 @@ def make_team(config: Config) -> Team:
         seen = np.array([[f in features for f in range(env.num_features)] for features in env.features], np.float32)
         size_in, size_out = env.num_features, env.num_joints
         observe = lambda state: env.all_features(state) * seen[..., None]
-        outputs = np.arange(env.num_joints).reshape(env.num_agents, -1)
+        outputs = env.own_joints
     elif alike:
         size_in += env.num_agents
         number = np.eye(env.num_agents, dtype=np.float32)[..., None]
@@ -226,7 +236,7 @@ class Episode(NamedTuple):
 
     fitness: jax.Array  # (B,): the sum of rewards
     descriptor: jax.Array  # (B, feet): the share of steps in which each foot touched the ground
-    record: PlanarState  # the states of the teams that were to be recorded, after every step: (T, ..., K)
+    record: Any  # the states of the teams that were to be recorded, after every step: (T, ..., K)
 
 
 def play(config: Config, teams, key=None, params: PlanarParams | None = None, recorded=()) -> Episode:
@@ -486,7 +496,7 @@ def corner_elites(archive: Archive) -> jax.Array:
     return jnp.where(filled(archive)[:, None], distance, jnp.inf).argmin(0)
 
 
-def film(env: Planar, record: PlanarState) -> jax.Array:
+def film(env, record) -> jax.Array:
     """States (T, ..., 4) drawn two by two: (T, H, W, 3) uint8."""
     images = jax.lax.map(jax.vmap(env.render, -1), record)  # (T, 4, h, w, 3)
     rows = [jnp.concatenate([images[:, i], images[:, i + 1]], axis=2) for i in (0, 2)]

@@ -369,6 +369,7 @@ class Planar(Environment):
         self.num_joints = len(self.robot.rods) - 1
         self.joints_per_agent = self.num_joints if single else self.robot.joints_per_agent
         self.num_agents, self.num_feet = self.num_joints // self.joints_per_agent, len(self.robot.feet)
+        self.own_joints = np.arange(self.num_joints).reshape(self.num_agents, -1)
         self.num_actions, self.num_features = self.joints_per_agent, 5 + 2 * self.num_joints
         self.features = self._visible(obs_distance)
         self.obs_size = max(map(len, self.features))
@@ -380,7 +381,7 @@ class Planar(Environment):
     def _visible(self, distance: int) -> list[list[int]]:
         """Which of the features of the whole each agent sees, its own joints first."""
         between, joints, seen = joint_distances(self.tree.hinges), np.arange(self.num_joints), []
-        for own in joints.reshape(self.num_agents, -1):
+        for own in self.own_joints:
             near = [j for j in joints if j not in own and (distance < 0 or between[j, own].min() <= distance)]
             order = [*own, *near]
             seen.append([*range(5), *(5 + j for j in order), *(5 + self.num_joints + j for j in order)])

@@ -305,3 +305,9 @@ def test_bad_settings_are_refused():
     ):
         with pytest.raises(UsageError, match=words):
             replace(SMALL, **change)
+
+
+def test_robots_of_the_physics_extra_need_it(monkeypatch):
+    monkeypatch.setattr(mix_me.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"ant_4x2: needs .* '\.\[physics\]'"):
+        replace(CPU, robot="ant_4x2")
