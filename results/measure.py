@@ -32,6 +32,12 @@ def trained(method: str, flags: str, seed: int, num_seeds: int, out: Path) -> Pa
     return out
 
 
+def added(program: str, folder: Path, name: str) -> None:
+    """Has a program of results/ write a file into the folder of a finished run, unless it is there: in a process of its own."""
+    if not (folder / name).exists():
+        subprocess.run([sys.executable, program, str(folder)], check=True)
+
+
 def summary(out: Path) -> dict:
     """A run's summary.json."""
     return json.loads((out / "summary.json").read_text())

@@ -1,11 +1,16 @@
-"""Mix-ME's claims (2311.01829), measured again on two planar robots. Run by reproduce.py."""
+"""Mix-ME's claims (2311.01829), measured again on two planar robots. Run by reproduce.py.
+
+`python results/mix_me.py FOLDER` plays the elites of a run in altered worlds (adaptation).
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, curve, draw_band, last, made_by, over, pooled, seeds_of, spread, summary, trained
+from measure import ROOT, above, added, curve, draw_band, last, made_by, over, pooled, seeds_of, spread, summary, trained
 
+sys.path[:0] = [str(ROOT)]
 ROBOTS = ("cheetah", "quad")
 VARIANTS = {  # name -> flags; the authors' code has k_mutations 1, which holds naive back: so it is also measured without
     "Mix-ME": "--variant mix_me",
@@ -17,6 +22,9 @@ VARIANTS = {  # name -> flags; the authors' code has k_mutations 1, which holds 
 }
 FLAGS = "--num-updates 200 --eval-every 100 --save-every 200"
 SCORE = "qd_score"
+ADAPTING = ("Mix-ME", "naive, all agents", "single agent")
+ALTERED = ("a dead leg", "1.75 times the gravity")  # two of the worlds that the authors' code has: a leg's strength, gravity
+CHOICE, TRIALS = 3, 32  # episodes by which the fittest elite is chosen in a new world, and fresh ones that tell how fit it is
 
 
 def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
@@ -26,7 +34,43 @@ def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
         for name, variant in VARIANTS.items():
             folder = out / f"{robot}_{name.replace(', ', '_').replace(' ', '_')}"
             runs[f"{robot}, {name}"] = trained("mix_me", f"{FLAGS} --robot {robot} {variant}", seed, num_seeds, folder)
+            if name in ADAPTING:
+                added(__file__, folder, "adaptation.json")
     return runs
+
+
+def adapt(folder: Path) -> None:
+    """Writes adaptation.json: world -> of each seed, the returns of the elite that does best there and of the run's fittest."""
+    import jax
+    import jax.numpy as jnp
+
+    from algos.mix_me import Config, play
+    from common.checkpoint import write_atomically
+    from common.devices import setup_devices
+    from envs.planar import Planar, PlanarParams
+
+    config = Config(**summary(folder)["config"])
+    setup_devices(config.cache)
+    sound = np.ones(Planar(config.robot).num_joints, np.float32)
+    lame = np.where(np.arange(len(sound)) >= len(sound) - (3 if config.robot == "cheetah" else 2), 0, sound)  # the last leg
+    worlds = dict(zip(ALTERED, (PlanarParams(strength=lame), PlanarParams(strength=sound, gravity=1.75 * 9.81)), strict=True))
+    returns = jax.jit(lambda teams, key, params: play(config, teams, key, params).fitness)
+    teams, fitness = (np.load(folder / "arrays" / f"{name}.npy") for name in ("genotype", "fitness"))
+
+    def pair(teams, fitness, params):
+        trials = [returns(teams, jax.random.key(i), params) for i in range(CHOICE)]
+        chosen = np.where(np.isfinite(fitness), np.median(trials, axis=0), -np.inf).argmax()
+        both = jnp.repeat(teams[np.array([chosen, fitness.argmax()])], TRIALS, axis=0)
+        return np.median(returns(both, jax.random.key(CHOICE), params).reshape(2, TRIALS), axis=1).tolist()
+
+    found = {name: [pair(*seed, params) for seed in zip(teams, fitness, strict=True)] for name, params in worlds.items()}
+    text = json.dumps(found)
+    write_atomically(folder / "adaptation.json", lambda file: file.write(text.encode()))
+
+
+def adapted(folders, world: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each seed: the return in a world of the elite that does best there, and of the one that was fittest before."""
+    return tuple(np.concatenate([json.loads((folder / "adaptation.json").read_text())[world] for folder in folders]).T)
 
 
 # --- claims
@@ -40,6 +84,7 @@ def claims(sets: list[dict[str, Path]]) -> list[dict]:
         of = {name: last(runs[f"{robot}, {name}"], SCORE) for name in VARIANTS}
         made += learning(robot, runs[f"{robot}, Mix-ME"])
         made += compared(robot, of)
+        made += adaptation(robot, runs)
     return [*made, *speed()]
 
 
@@ -78,6 +123,20 @@ def compared(robot: str, of: dict[str, np.ndarray]) -> list[dict]:
     return made
 
 
+def adaptation(robot: str, runs) -> list[dict]:
+    """An archive holds elites for worlds that are not the one it was filled in."""
+    made = []
+    for world in ALTERED:
+        ours, fittest = adapted(runs[f"{robot}, Mix-ME"], world)
+        words = f"{robot}, {world}: an elite of Mix-ME's archive earns at least a tenth more than the fittest one"
+        made.append(above(f"{robot}-adapts-{world.replace(' ', '-')}", words, "adapts", ours, fittest + 0.1 * np.abs(fittest)))
+        for name in ADAPTING[1:]:
+            words = f"{robot}, {world}: the best elite of Mix-ME's archive earns more than that of {name}"
+            other = adapted(runs[f"{robot}, {name}"], world)[0]
+            made.append(above(f"{robot}-adapts-{name}-{world}".replace(",", "").replace(" ", "-"), words, "implied", ours, other))
+    return made
+
+
 def speed() -> list[dict]:
     """tests/bench/mix_me.py."""
     bench = json.loads((ROOT / "results" / "bench" / "mix_me.json").read_text())["ratios"]
@@ -109,7 +168,7 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
         for name, path in ((f"{robot}.gif", "videos/elites.gif"), (f"{robot}.png", "figures/archive.png")):
             (out / name).write_bytes((folder / path).read_bytes())
             figures.append(name)
-    return "\n".join([*how(runs), "", *table(runs)]), figures
+    return "\n".join([*how(runs), "", *table(runs), "", *adaptation_table(runs)]), figures
 
 
 def how(runs) -> list[str]:
@@ -138,6 +197,17 @@ def table(runs) -> list[str]:
     return rows
 
 
+def adaptation_table(runs) -> list[str]:
+    """Returns in altered worlds."""
+    columns = ["robot, variant", *(f"{world}: {which}" for world in ALTERED for which in ("best elite there", "fittest before"))]
+    rows = [f"| {' | '.join(columns)} |", "| --- |" + " --- |" * (len(columns) - 1)]
+    for name in (f"{robot}, {variant}" for robot in ROBOTS for variant in ADAPTING):
+        cells = [spread(values) for world in ALTERED for values in adapted(runs[name], world)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    about = f"Altered worlds: an elite is chosen by the median of {CHOICE} episodes, its return is the median of {TRIALS} others."
+    return [about, "", *rows]
+
+
 def plot_curves(runs, path: Path) -> None:
     """QD score against evaluations, mean and standard error over seeds."""
     from matplotlib.figure import Figure
@@ -152,3 +222,7 @@ def plot_curves(runs, path: Path) -> None:
         axes.set_xlabel("evaluations")
     figure.axes[0].set_ylabel("QD score / 1000")
     figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    adapt(Path(sys.argv[1]))

@@ -9,6 +9,7 @@ from measure import ROOT, above, constant, curve, draw_band, equal, last, made_b
 
 SHAPER = "--preset cpu"
 COIN = "--preset coin_game --num-episodes 50 --num-updates 80 --eval-every 40 --save-every 40"
+GRID = "--preset in_the_matrix --num-updates 30 --eval-every 30 --save-every 30"
 RUNS = {  # name -> algorithm file, flags
     "Shaper": ("shaper", SHAPER),
     "Good Shepherd": ("shaper", f"{SHAPER} --method gs"),
@@ -21,7 +22,9 @@ RUNS = {  # name -> algorithm file, flags
     "naive policy gradients": ("lola", "--num-lola 0"),
     "coin game, Shaper": ("shaper", COIN),
     "coin game, Good Shepherd": ("shaper", f"{COIN} --method gs"),
+    "in the matrix, Shaper": ("shaper", GRID),
 }
+GRIDWORLDS = ("coin game, Shaper", "coin game, Good Shepherd", "in the matrix, Shaper")
 IPD = ("Shaper", "Good Shepherd", "M-FOS", "Shaper, memory reset", "Shaper, average", "M-FOS, average")
 
 
@@ -111,7 +114,10 @@ def gridworlds(of, runs) -> list[dict]:
     made.append(above("coin-memoryless", words, "2312.12568, abstract: inadequate for shaping over time", shepherd, 0.8 * shaper))
     words = "coin game: Shaper's reward rises through its training"
     early, late = rise(runs["coin game, Shaper"], "shaper_reward")
-    return [*made, above("coin-rises", words, "learns", late, early)]
+    made.append(above("coin-rises", words, "learns", late, early))
+    words = "prisoner's dilemma in the matrix: Shaper's reward rises through its training"
+    early, late = rise(runs["in the matrix, Shaper"], "shaper_reward")
+    return [*made, above("matrix-rises", words, "learns", late, early)]
 
 
 def rise(folders, column: str) -> tuple[np.ndarray, np.ndarray]:
@@ -161,12 +167,12 @@ def table(runs) -> list[str]:
     """A row for each run of evolution, then the rewards of the gradient baselines."""
     names = ["method", "generations", "reward", "learner's", "last tenth", "learner's", "half blind", "stopped", "train time a set"]
     rows = [f"| {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) - 1)]
-    for name in [*IPD, "matching pennies, Shaper", "coin game, Shaper", "coin game, Good Shepherd"]:
+    for name in [*IPD, "matching pennies, Shaper", *GRIDWORLDS]:
         folders = runs[name]
         minutes = np.mean([summary(folder)["train_s"] for folder in folders]) / 60
         cells = [name, str(summary(folders[0])["config"]["num_updates"])]
         for column in ("eval_shaper", "eval_learner", "eval_shaper_last", "eval_learner_last", "blind_shaper", "hardstop_shaper"):
-            there = column != "blind_shaper" or not name.startswith("coin game")
+            there = column != "blind_shaper" or name not in GRIDWORLDS
             cells.append(spread(last(folders, column)) if there else "")
         rows.append(f"| {' | '.join([*cells, f'{minutes:.1f} min'])} |")
     baselines = "; ".join(f"{name}: {spread(last(runs[name], 'eval_welfare'))}" for name in ("LOLA", "naive policy gradients"))
@@ -175,13 +181,14 @@ def table(runs) -> list[str]:
 
 def plot_generations(runs, path: Path) -> None:
     """The population's mean reward through the generations."""
-    panels = {"prisoner's dilemma": IPD, "coin game": ("coin game, Shaper", "coin game, Good Shepherd")}
+    panels = {"prisoner's dilemma": IPD, "coin game": GRIDWORLDS[:2], "in the matrix": GRIDWORLDS[2:]}
     figure, axes = new_figure(len(panels))
     for ax, (title, names) in zip(axes, panels.items(), strict=True):
         for name in names:
             pairs = curve(runs[name], "update", "shaper_reward")
             draw_band(ax, pairs[0][0], np.array([y for _, y in pairs]), name)
         ax.set(title=title, xlabel="generation")
+        ax.legend(fontsize=6)
     axes[0].set_ylabel("reward a step, population's mean")
     figure.savefig(path, dpi=110)
 

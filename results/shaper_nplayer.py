@@ -4,13 +4,12 @@
 """
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, constant, draw_band, last, made_by, pooled, seeds_of, spread, summary, trained
+from measure import ROOT, above, added, constant, draw_band, last, made_by, pooled, seeds_of, spread, summary, trained
 
 sys.path[:0] = [str(ROOT)]
 FLAGS = "--preset cpu --eval-every 60 --save-every 60"
@@ -31,8 +30,7 @@ def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
     """Trains every setting on one set of seeds, and plays pairs trained apart against each other -> the folders of the runs."""
     folder = lambda name: out / name.replace(", ", "_").replace(" ", "_")
     runs = {name: trained("shaper_nplayer", f"{FLAGS} {flags}", seed, num_seeds, folder(name)) for name, flags in RUNS.items()}
-    if not (runs[PAIRS] / "cross.json").exists():
-        subprocess.run([sys.executable, __file__, str(runs[PAIRS])], check=True)
+    added(__file__, runs[PAIRS], "cross.json")
     return runs
 
 
