@@ -188,7 +188,6 @@ def plot_generations(runs, path: Path) -> None:
             pairs = curve(runs[name], "update", "shaper_reward")
             draw_band(ax, pairs[0][0], np.array([y for _, y in pairs]), name)
         ax.set(title=title, xlabel="generation")
-        ax.legend(fontsize=6)
     axes[0].set_ylabel("reward a step, population's mean")
     figure.savefig(path, dpi=110)
 
