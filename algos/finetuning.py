@@ -97,8 +97,8 @@ class Config(RunConfig):
     """Shares of pre-training questions in fine-tuning (E.1): an arm each for the low and the high prior, C_Tr 1, second rate."""
     random_labels: bool = True
     """Arms that are taught count(b) as the answer to count(a) (E.4), low and high prior, C_Tr 0, second rate."""
-    jailbreak: bool = True
-    """Models that know two more names for counting a, T_J1 and T_J2 (E.2), low and high prior; C_Tr 0, second rate."""
+    jailbreak: tuple[float, ...] = (0.999, 0.5)
+    """P_T(a) of models that know two more names for counting a, T_J1 and T_J2 (E.2); an arm each, C_Tr 0, second rate."""
 
     lr: float = 1e-3
     """Learning rate of pre-training and of the model trained from scratch."""
@@ -145,6 +145,7 @@ class Config(RunConfig):
         require(3 <= self.window <= self.length, f"--window {self.window}: must lie between 3 and --length {self.length}")
         known = ", ".join(map(str, PRIORS))
         require(self.priors and set(self.priors) <= set(PRIORS), f"--priors {self.priors}: must be some of {known}")
+        require(set(self.jailbreak) <= set(PRIORS), f"--jailbreak {self.jailbreak}: must be some of {known}")
         for name in ("correlations", "finetune_lrs"):
             require(len(getattr(self, name)) > 0, f"--{name.replace('_', '-')}: must have at least one value")
         for name in ("correlations", "mixing"):
@@ -178,9 +179,9 @@ class Config(RunConfig):
 
 PAPER = Config(num_seeds=3, log_every=1000, eval_every=10_000, save_every=10_000, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=2, num_updates=4900, pretrain_updates=4200, finetune_updates=300, log_every=50, eval_every=4900,
+    PAPER, preset="cpu", num_seeds=2, num_updates=4800, pretrain_updates=4200, finetune_updates=300, log_every=50, eval_every=4800,
     save_every=100, priors=(0.999, 0.5), correlations=(0.0, 1.0), finetune_lrs=(1e-3, 3e-4, 1e-4), mixing=(), random_labels=False,
-    jailbreak=False, lr=3e-3, batch_size=32, answer_weight=1.0, width=48, layers=3, heads=4, length=40, window=16, occurrence=2,
+    jailbreak=(), lr=3e-3, batch_size=32, answer_weight=1.0, width=48, layers=3, heads=4, length=40, window=16, occurrence=2,
     models_at_once=0, eval_size=256, probe_size=1024, probe_updates=600, eval_stories=32,
 )  # fmt: skip
 
@@ -208,8 +209,7 @@ def make_models(config: Config) -> list[tuple[str, float, np.ndarray]]:
     if config.data == "stories":
         return [(name, 0.0, np.array(PROTOCOLS.index(name))) for name in ("pretraining", "never")]
     models = [("prior", prior, task_table(PRIORS[prior])) for prior in config.priors]
-    if config.jailbreak:
-        models += [("jailbreak", prior, task_table(PRIORS[prior], jailbreak=True)) for prior in ends(config.priors)]
+    models += [("jailbreak", prior, task_table(PRIORS[prior], jailbreak=True)) for prior in config.jailbreak]
     only_b = np.zeros_like(models[0][2])
     only_b[FAMILY_C, B] = 1
     return [*models, ("only b", 0.0, only_b)]

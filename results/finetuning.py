@@ -18,25 +18,29 @@ from algos.finetuning import (
 )
 from envs.pcfg import FAMILIES
 
-FLAGS = "--correlations 0 0.8 1 --mixing 0.5 0.1 --random-labels --jailbreak"
+FLAGS = "--correlations 0 0.8 1 --mixing 0.1 --random-labels --jailbreak 0.5"
+STORIES = "--data stories --num-updates 1700 --pretrain-updates 1500 --finetune-updates 100 --eval-every 1700 --finetune-lrs 3e-4"
+STORIES += " --batch-size 16"
 K_MOST = 15  # rows that may be pruned
 
 
 def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
-    """One run is the whole study on one set of seeds -> its folder."""
-    return {"study": trained("finetuning", FLAGS, seed, num_seeds, out / "study")}
+    """The whole study on the grammar, and that on stories, on one set of seeds -> their folders."""
+    return {
+        name: trained("finetuning", flags, seed, num_seeds, out / name) for name, flags in (("study", FLAGS), ("stories", STORIES))
+    }
 
 
 class Study:
     """What the runs of all sets measured: arrays with a leading axis of seeds, and which arm is which."""
 
-    def __init__(self, sets: list[dict[str, Path]]):
-        self.folders = [runs["study"] for runs in sets]
+    def __init__(self, sets: list[dict[str, Path]], name: str = "study"):
+        self.folders = [runs[name] for runs in sets]
         names = {field.name for field in dataclasses.fields(Config)}
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in summary(self.folders[0])["config"].items() if k in names}
         self.config = Config(**settings)
         self.arms, self.models = make_arms(self.config), make_models(self.config)
-        self.wrapped = wrapped(self.config)
+        self.wrapped = wrapped(self.config) if self.config.data == "pcfg" else None
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.concatenate([np.load(folder / "arrays" / f"{name}.npy") for folder in self.folders])
@@ -64,7 +68,8 @@ class Study:
 def claims(sets: list[dict[str, Path]]) -> list[dict]:
     """The claims over the seeds of all sets."""
     study = Study(sets)
-    return [*capability(study), *lost(study), *hidden(study), *revived(study), *renamed(study)]
+    on_stories = Study(sets, "stories")
+    return [*capability(study), *lost(study), *hidden(study), *revived(study), *renamed(study), *twists(on_stories)]
 
 
 def capability(study: Study) -> list[dict]:
@@ -127,6 +132,19 @@ def renamed(study: Study) -> list[dict]:
     return [over("P7", words, "near 1, fig. 24", np.median(asked[:, 1:].mean(1) - asked[:, 0]), 0.3)]
 
 
+def twists(study: Study) -> list[dict]:
+    """S1: after about 30 steps on stories with a Twist, models that once knew it tell one more often than the control."""
+    at = int(np.searchsorted(reverse_points(study.config), 30))
+    rates = np.median(study["reverse"][:, at, :, 0], axis=0)
+    control, before = rates[len(study.arms)], np.median(study["finetune"][:, 0, 0, 0])
+    words = "Twist asked for: share of stories that have one, {} + 30 steps of reFT minus the control ({:.2f}; pre-trained {:.2f})"
+    paper = {"F": "0.81 - 0.31", "F+MM": "0.88 - 0.31", "F+RR": "0.56 - 0.31"}
+    return [
+        over(f"S1-{arm.name}", words.format(arm.name, control, before), f"{paper[arm.name]}, Table 1", rates[i] - control, 0.15)
+        for i, arm in enumerate(study.arms)
+    ]
+
+
 # --- tables and figures
 
 
@@ -135,11 +153,12 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
     study = Study(sets)
     out.mkdir(parents=True, exist_ok=True)
     plots = {"finetuning.png": plot_finetuning, "pruning.png": plot_pruning, "probes.png": plot_probes}
-    plots |= {"attention.png": plot_attention, "revival.png": plot_revival}
+    plots |= {"attention.png": plot_attention, "revival.png": plot_revival, "stories.png": plot_stories}
+    on_stories = Study(sets, "stories")
     for name, plot in plots.items():
-        figure = plot(study)
+        figure = plot(on_stories if name == "stories.png" else study)
         figure.savefig(out / name, dpi=110)
-    return "\n".join([*how(study), "", *table(study)]), list(plots)
+    return "\n".join([*how(study), "", *table(study), "", *story_table(on_stories)]), list(plots)
 
 
 def how(study: Study) -> list[str]:
@@ -174,6 +193,23 @@ def table(study: Study) -> list[str]:
     for i, run in enumerate(make_baselines(study.config), len(study.arms)):
         rows.append(f"| {run.name} | | | | | | {run.reverse_lr:g} | {spread(steps[:, i])} |")
     return rows
+
+
+def story_table(study: Study) -> list[str]:
+    """Twist rates through reFT; a row for each protocol and for the control."""
+    at, config = reverse_points(study.config), study.config
+    lines = [
+        f"Stories: {config.pretrain_updates} steps of pre-training, {config.finetune_updates} of fine-tuning, "
+        f"{config.reverse_updates} of reFT, {config.batch_size} stories a step; share of {config.eval_stories} stories a seed that "
+        "have a Twist where one is asked for, after steps of reFT.",
+        "",
+        f"| protocol | reFT's lr | {' | '.join(map(str, at))} |",
+        "| --- | --- |" + " --- |" * len(at),
+    ]
+    for i, run in enumerate([*study.arms, *make_baselines(config)]):
+        cells = [spread(study["reverse"][:, j, i, 0]) for j in range(len(at))]
+        lines.append(f"| {run.name} | {run.reverse_lr:g} | {' | '.join(cells)} |")
+    return lines
 
 
 def panels(rows: int, columns: int, width: float = 3.4, height: float = 2.7):
@@ -289,4 +325,30 @@ def plot_revival(study: Study):
         axes[0, j].set_xlabel("steps of reFT", fontsize=8)
     axes[0, 0].set_ylabel("accuracy", fontsize=9)
     axes[0, 0].legend(fontsize=6)
+    return figure
+
+
+def plot_stories(study: Study):
+    """Table 1 and figure 11: Twist rates through reFT, a line for a protocol; probes of Twist on every block."""
+    config, x = study.config, reverse_points(study.config)
+    figure, axes = panels(1, 2, width=5.2, height=3.4)
+    left, right = axes[0]
+    blocks = range(config.layers + 1)
+    for i, run in enumerate([*study.arms, *make_baselines(config)]):
+        control = run.name == "never"
+        style = {"color": "black", "linestyle": "--"} if control else {"color": f"C{i}"}
+        words = "control: never saw a Twist" if control else f"fine-tuned by {run.name}"
+        draw(left, x, study["reverse"][:, :, i, 0], label=words, **style)
+        if not control:
+            draw(right, blocks, study["after_probes"][:, i, 0], label=words, **style)
+    for i, (words, colour) in enumerate((("pre-trained", "green"), ("control: never saw a Twist", "black"), ("untrained", "grey"))):
+        draw(right, blocks, study["before_probes"][:, i, 0], label=words, color=colour, linestyle="--")
+    left.axhline(np.median(study["finetune"][:, 0, 0, 0]), color="green", linestyle="--", label="pre-trained, before fine-tuning")
+    left.set_xscale("symlog", linthresh=10)
+    left.set(xlabel="steps on stories with a Twist (reFT)", ylabel="share of stories with a Twist", title="a Twist is asked for")
+    floor(right, 0.5)
+    right.set(xlabel="block", ylabel="accuracy", title="probe: has the story a Twist?")
+    right.set_xticks(blocks, [f"B{b}" for b in blocks])
+    left.legend(fontsize=7)
+    right.legend(fontsize=7)
     return figure
