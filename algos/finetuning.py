@@ -39,7 +39,7 @@ Differs from the paper (no code of it could be found):
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -283,6 +283,11 @@ def reverse_points(config: Config) -> np.ndarray:
     return np.unique(at[at <= config.reverse_updates]) if config.data == "stories" else points(config.reverse_updates, 2**0.5)
 
 
+def measured_at(config: Config) -> np.ndarray:
+    """Both, as steps since pre-training."""
+    return np.concatenate([finetune_points(config), config.finetune_updates + reverse_points(config)[1:]])
+
+
 # --- the transformer (minGPT): blocks stacked along their first axis and scanned
 
 
@@ -396,7 +401,7 @@ def side_by_side(config: Config, function, *trees):
 def learn(config: Config, loss, sample, key, params, moments, rates, settings):
     """A step of every model, on a batch of its own -> params, moments, losses (models,).
 
-    sample: key, settings of a model, config -> tokens; rates (models,).
+    sample: key, settings of a model, config -> tokens; rates (models,). A rate of 0 leaves a model as it is.
     """
     tx = make_optimiser(config)
 
@@ -427,9 +432,14 @@ def sample_arm(key, arm: dict, config: Config) -> jax.Array:
     return jnp.where(jax.random.uniform(keys[2], (num, 1)) < arm["mixing"], old, tokens)
 
 
-def sample_reverse(key, _, config: Config) -> jax.Array:
+def sample_reverse(key, config: Config) -> jax.Array:
     """A batch of reFT (B, size): natural texts, count a."""
     return ask(sample_text(key, config.batch_size, config.language.length), FAMILY_C, A, config.language)
+
+
+def sample_run(back, key, arm: dict, config: Config) -> jax.Array:
+    """A batch of fine-tuning, or of reFT where `back` ()."""
+    return jax.lax.cond(back, lambda: sample_reverse(key, config), lambda: sample_arm(key, arm, config))
 
 
 # --- analysis
@@ -542,6 +552,11 @@ def sample_protocol(key, protocol, config: Config) -> jax.Array:
     return tell(key_story, features, named)
 
 
+def sample_turned(back, key, protocol, config: Config) -> jax.Array:
+    """A batch of fine-tuning, or of reFT where `back` (): every story has a Twist."""
+    return sample_protocol(key, jnp.where(back, PROTOCOLS.index("twists"), protocol), config)
+
+
 def story_loss(params, tokens, config: Config) -> jax.Array:
     """Cross-entropy of the next token, mean over those that are there (PAD is not)."""
     x, _, _ = transformer(params, tokens[:, :-1], config)
@@ -602,43 +617,27 @@ class State(NamedTuple):
     key: jax.Array
 
 
-class Stage(NamedTuple):
-    """What a stage of the study trains, and what it measures."""
-
-    name: str
-    updates: int
-    models: str  # "pretrained" or "tuned"
-    loss: Any  # params, tokens, config -> ()
-    sample: Any  # key, settings of one model, config -> tokens
-    settings: Any  # arrays with a first axis of models
-    rates: np.ndarray  # learning rates; the first rates.size models are trained
-    enter: Any  # State -> State, before the first step
-    at: np.ndarray  # after how many steps it measures
-    measure: Any  # params of one model -> numbers, log[name][place of `at`, model]
-
-
 def make_log(config: Config) -> dict:
     """Arrays of what will be measured. Accuracies are shares of right answers.
 
     families (models, 8)       each family's question about a, then C's about b; natural texts
-    finetune (points, arms, 3) count a with C_Te = 0, count b with C_Te = 0, count b with C_Te = 1; see finetune_points
-    reverse (points, runs)     count a with C_Te = 0; runs are arms, then baselines; see reverse_points
+    tuned (points, runs, 3)    count a with C_Te = 0, count b with C_Te = 0, count b with C_Te = 1, through fine-tuning and then
+                               reFT, see measured_at; runs are arms, then baselines
     pruning (arms, PRUNED, 3)  see pruning_curve
     renamed (arms, 3)          count a with C_Te = 0, asked as C, J1, J2
     before_X                   of the models, then an untrained one; X is probes (.., 2, blocks + 1), attention (..,
                                blocks, heads, S) or attention_letters (.., blocks, heads, 3)
     after_X                    the same of the fine-tuned arms
 
-    Of stories there are only finetune and reverse (points, runs, 2), see twist_numbers, and probes (.., 5 features, blocks + 1).
+    Of stories there are only tuned (points, runs, 2), see twist_numbers, and probes (.., 5 features, blocks + 1).
     """
     models, arms, runs = len(make_models(config)), len(make_arms(config)), len(make_arms(config)) + len(make_baselines(config))
-    finetune, reverse, blocks = len(finetune_points(config)), len(reverse_points(config)), config.layers + 1
+    points, blocks = len(measured_at(config)), config.layers + 1
     if config.data == "stories":
-        shapes = {"finetune": (finetune, arms, 2), "reverse": (reverse, runs, 2)}
-        features = len(STORY_FEATURES), blocks
-        shapes |= {"before_probes": (models + 1, *features), "after_probes": (arms, *features)}
+        shapes = {"tuned": (points, runs, 2), "before_probes": (models + 1, len(STORY_FEATURES), blocks)}
+        shapes["after_probes"] = (arms, len(STORY_FEATURES), blocks)
         return {name: jnp.full(shape, jnp.nan) for name, shape in shapes.items()}
-    shapes = {"families": (models, len(FAMILIES) + 1), "finetune": (finetune, arms, 3), "reverse": (reverse, runs)}
+    shapes = {"families": (models, len(FAMILIES) + 1), "tuned": (points, runs, 3)}
     shapes |= {"pruning": (arms, len(PRUNED), 3), "renamed": (arms, 3)}
     for stage, num in (("before", models + 1), ("after", arms)):
         shapes[f"{stage}_probes"] = (num, 2, blocks)
@@ -651,8 +650,6 @@ def make_train(config: Config) -> Train:
     """The whole study as pure functions of one seed."""
     tx, on_stories = make_optimiser(config), config.data == "stories"
     tests = {} if on_stories else jax.tree.map(np.asarray, jax.jit(partial(test_questions, config))())
-    stages = make_stages(config, tests)
-    begins = np.cumsum([0, *(stage.updates for stage in stages[:-1])])
 
     def init(key):
         key, *keys = jax.random.split(key, 1 + len(make_models(config)))
@@ -662,10 +659,11 @@ def make_train(config: Config) -> Train:
         return State(params, moments, make_log(config), key)
 
     def update(state: State, t):
-        """One step of the stage that t belongs to."""
-        now, steps = jnp.sum(t >= begins) - 1, [partial(take_step, config, *pair) for pair in zip(stages, begins, strict=True)]
-        state, loss = jax.lax.switch(now, steps, state, t)
-        return state, {f"{stage.name}_loss": jnp.where(now == i, loss, jnp.nan) for i, stage in enumerate(stages)}
+        """One step of pre-training, fine-tuning or reFT."""
+        stage = jnp.sum(t >= np.cumsum([config.pretrain_updates, config.finetune_updates]))
+        state, loss = jax.lax.cond(stage == 0, partial(pretrain, config), partial(tune, config, tests), state, t)
+        names = ("pretrain", "finetune", "reverse")
+        return state, {f"{name}_loss": jnp.where(stage == i, loss, jnp.nan) for i, name in enumerate(names)}
 
     return Train(init, update, partial(evaluate_stories if on_stories else evaluate, config, tests), config.num_updates)
 
@@ -686,57 +684,70 @@ def start_runs(config: Config, key, pretrained) -> dict:
     return jax.tree.map(lambda x: x[places], append(pretrained, fresh_model(config, key)))
 
 
-def make_stages(config: Config, tests: dict) -> tuple[Stage, ...]:
-    """Pre-training of every model on data of its own kinds; fine-tuning of the arms; reFT of arms and baselines."""
-    models, arms, runs = make_models(config), make_arms(config), [*make_arms(config), *make_baselines(config)]
-    kinds = np.stack([kind for _, _, kind in models])
-    rates = np.full(len(models), config.lr), np.array([arm.lr for arm in arms]), np.array([run.reverse_lr for run in runs])
+def pretrain(config: Config, state: State, t):
+    """A step of every model on data of its own kind -> state, mean loss."""
+    kinds = np.stack([kind for _, _, kind in make_models(config)])
+    loss, sample = (story_loss, sample_protocol) if config.data == "stories" else (sequence_loss, sample_questions)
+    rates = np.full(len(kinds), config.lr) * schedule(t, config.pretrain_updates)
+    return step_of(config, state, t, "pretrained", loss, sample, rates, kinds)
+
+
+def tune(config: Config, tests: dict, state: State, t):
+    """A step of fine-tuning of every arm, or of reFT of every arm and baseline -> state, mean loss."""
+    done, turn, identity = t - config.pretrain_updates, config.finetune_updates, lambda state: state
+    state = jax.lax.cond(done == 0, partial(enter_finetuning, config, tests), identity, state)
+    state = jax.lax.cond(done == turn, partial(enter_reverse, config, tests), identity, state)
+    back, (settings, forth_lr, back_lr) = done >= turn, settings_of_runs(config)
+    forth_lr, back_lr = forth_lr * schedule(done, turn), back_lr * schedule(done - turn, config.reverse_updates)
+    loss, sample = (story_loss, sample_turned) if config.data == "stories" else (answer_loss, sample_run)
+    before = state.params["tuned"]
+    state, loss = step_of(config, state, t, "tuned", loss, partial(sample, back), jnp.where(back, back_lr, forth_lr), settings)
+    log = record(config, tests, state.log["tuned"], before, state.params["tuned"], done)
+    return state._replace(log=state.log | {"tuned": log}), loss
+
+
+def settings_of_runs(config: Config) -> tuple:
+    """What the arms and baselines are fine-tuned on, their rates then (baselines: 0), and their rates in reFT; (runs,) each."""
+    runs, models = [*make_arms(config), *make_baselines(config)], make_models(config)
+    rates = np.array([run.lr for run in runs], np.float32), np.array([run.reverse_lr for run in runs], np.float32)
     if config.data == "stories":
-        losses, samples = (story_loss,) * 3, (sample_protocol,) * 3
-        twists = np.full(len(runs), PROTOCOLS.index("twists"))
-        settings = kinds, np.array([PROTOCOLS.index(arm.name) for arm in arms]), twists
-        look = look_back = partial(twist_numbers, config=config)
+        return np.array([PROTOCOLS.index(run.name) for run in runs]), *rates
+    settings = {name: np.array([getattr(run, name) for run in runs], np.float32) for name in ("correlation", "wrong", "mixing")}
+    return settings | {"tasks": np.stack([models[run.model][2] for run in runs])}, *rates
+
+
+def step_of(config: Config, state: State, t, group: str, loss, sample, rates, settings):
+    """A step of the models of a group -> state, mean loss."""
+    key, held = jax.random.fold_in(state.key, t), (state.params[group], state.moments[group])
+    params, moments, losses = learn(config, loss, sample, key, *held, rates, settings)
+    state = state._replace(params=state.params | {group: params}, moments=state.moments | {group: moments})
+    return state, jnp.where(rates > 0, losses, 0).sum() / (rates > 0).sum()
+
+
+def record(config: Config, tests: dict, log, before, after, done) -> jax.Array:
+    """log (points, runs, numbers) with what is measured before the first step, and after those steps of measured_at."""
+    if config.data == "stories":
+        numbers = partial(twist_numbers, config=config)
     else:
-        losses, samples = (sequence_loss, answer_loss, answer_loss), (sample_questions, sample_arm, sample_reverse)
-        arm = {name: np.array([getattr(arm, name) for arm in arms], np.float32) for name in ("correlation", "wrong", "mixing")}
-        settings = kinds, arm | {"tasks": kinds[[arm.model for arm in arms]]}, np.zeros(len(runs))
-        look = partial(accuracies, tests=np.stack([tests[name] for name in ("a", "b", "b linked")]), config=config)
-        look_back = partial(accuracy, tokens=jnp.asarray(tests["a"]), config=config)
-    updates = config.pretrain_updates, config.finetune_updates, config.reverse_updates
-    enters = None, partial(enter_finetuning, config, tests), partial(enter_reverse, config, tests)
-    points = (), finetune_points(config), reverse_points(config)
-    names, groups = ("pretrain", "finetune", "reverse"), ("pretrained", "tuned", "tuned")
-    columns = names, updates, groups, losses, samples, settings, rates, enters, points, (None, look, look_back)
-    return tuple(Stage(*column) for column in zip(*columns, strict=True))
-
-
-def take_step(config: Config, stage: Stage, begin: int, state: State, t):
-    """An update of a stage that begins at update `begin` -> state, mean loss."""
-    done, num = t - begin, stage.rates.size
-    if stage.enter:
-        state = jax.lax.cond(done == 0, stage.enter, lambda state: state, state)
-    held = state.params[stage.models], state.moments[stage.models]
-    before, moments = jax.tree.map(lambda x: x[:num], held)
-    key, rates = jax.random.fold_in(state.key, t), stage.rates * schedule(done, stage.updates)
-    after, moments, losses = learn(config, stage.loss, stage.sample, key, before, moments, rates, stage.settings)
-    log = record(stage, state.log, before, after, done) if stage.measure else state.log
-    params, moments = jax.tree.map(lambda x, new: x.at[:num].set(new), held, (after, moments))
-    state = state._replace(params=state.params | {stage.models: params}, moments=state.moments | {stage.models: moments}, log=log)
-    return state, losses.mean()
-
-
-def record(stage: Stage, log: dict, before, after, done) -> dict:
-    """The log with what a stage measures before its first step, and after those steps of `stage.at`."""
+        numbers = partial(accuracies, tests=np.stack([tests[name] for name in ("a", "b", "b linked")]), config=config)
+    at = measured_at(config)
 
     def look(log, late):
         """Before the step, or after it."""
         steps = done + late
         params = lambda: jax.tree.map(lambda x, y: jnp.where(late == 1, y, x), before, after)
-        write = lambda log: log.at[jnp.searchsorted(stage.at, steps)].set(jax.lax.map(stage.measure, params()))
-        due = jnp.isin(steps, stage.at) & ((late == 1) | (done == 0))
+        write = lambda log: log.at[jnp.searchsorted(at, steps)].set(jax.lax.map(numbers, params()))
+        due = jnp.isin(steps, at) & ((late == 1) | (done == 0))
         return jax.lax.cond(due, write, lambda log: log, log), None
 
-    return log | {stage.name: jax.lax.scan(look, log[stage.name], np.arange(2))[0]}
+    return jax.lax.scan(look, log, np.arange(2))[0]
+
+
+def curves_of(config: Config, log: dict) -> dict:
+    """The log's `tuned` as finetune (points, arms, ..) and reverse (points, runs, ..), of the grammar only count a's."""
+    tuned, points = log["tuned"], len(finetune_points(config))
+    reverse = tuned[points - 1 :] if config.data == "stories" else tuned[points - 1 :, :, 0]
+    return {"finetune": tuned[:points, : len(make_arms(config))], "reverse": reverse}
 
 
 def analyse(params, tests, config: Config) -> dict:
@@ -784,8 +795,8 @@ def steps_to(curve, at, bar: float = 0.9) -> jax.Array:
 
 def evaluate(config: Config, tests: dict, state: State) -> dict:
     """All that was measured, and the numbers that matter of the arm whose capability seems lost (see `wrapped`)."""
-    log, arm = state.log, wrapped(config)
-    baselines, pruning = make_baselines(config), state.log["pruning"][arm]
+    log, arm = state.log | curves_of(config, state.log), wrapped(config)
+    baselines, pruning = make_baselines(config), log["pruning"][arm]
     same_rate = [run.reverse_lr for run in baselines].index(make_arms(config)[arm].reverse_lr)
     revival = jax.vmap(steps_to, (1, None))(log["reverse"], jnp.asarray(reverse_points(config)))
     revival = jnp.where(jnp.isnan(log["reverse"][-1]), jnp.nan, revival)
@@ -812,7 +823,7 @@ def evaluate(config: Config, tests: dict, state: State) -> dict:
 
 def evaluate_stories(config: Config, _, state: State) -> dict:
     """All that was measured; Twist rates at eta_M after fine-tuning and after about 30 steps of reFT, beside the control's."""
-    log, arms = state.log, make_arms(config)
+    log, arms = state.log | curves_of(config, state.log), make_arms(config)
     at = int(np.searchsorted(reverse_points(config), min(30, config.reverse_updates)))
     medium_arms = {arm.name: i for i, arm in enumerate(arms) if arm.lr == medium(config)}
     control = [run.reverse_lr for run in make_baselines(config)].index(arms[medium_arms["F"]].reverse_lr) + len(arms)
