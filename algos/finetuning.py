@@ -76,8 +76,8 @@ from envs.stories import (
     tell,
 )
 
-PRIORS = {0.999: (0.999, 0.001, 0), 0.99: (0.99, 0.01, 0), 0.9: (0.9, 0.1, 0), 0.7: (0.7, 0.2, 0.1), 0.5: (0.5, 0.3, 0.2)}
 # Appendix C.2: P_T(a) -> P_T of a, b, c
+PRIORS = {0.999: (0.999, 0.001, 0), 0.99: (0.99, 0.01, 0), 0.9: (0.9, 0.1, 0), 0.7: (0.7, 0.2, 0.1), 0.5: (0.5, 0.3, 0.2)}
 PRUNED = (0, 1, 2, 3, 5, 8, 10, 15, 20)  # rows
 PROTOCOLS = ("pretraining", "never", "F", "F+MM", "F+RR", "twists")  # of stories, see envs/stories.py
 FAMILY_C, A, B = FAMILIES.index("C"), 0, 1  # O_PT is a, O_FT is b

@@ -456,7 +456,7 @@ def evaluate(config: Config, task: Task, state: State) -> dict:
         "attention_a": mass[0], "attention_b": mass[1], "uniform_b": apart.marks[1].mean(),
         **pruning(config, model, task.sample, keys[2], state.finetuned, apart),
         "revival_steps": jnp.where(state.revived > 0, state.revived.astype(jnp.float32), jnp.nan),
-        "maps": maps, "map_tokens": example.tokens[0],
+        "maps": maps, "map_tokens": example.tokens[0], "map_marks": example.marks[:, 0].astype(jnp.int32),
     }  # fmt: skip
 
 
@@ -564,18 +564,22 @@ def plot_pruning(figure, files: RunFiles, groups) -> None:
 
 def plot_attention(figure, files: RunFiles, groups) -> None:
     """The reading block's attention on one string (first seed): compiled, fine-tuned, revived; the middle learning rate."""
-    maps, tokens = (np.load(files.folder / "arrays" / f"{name}.npy") for name in ("maps", "map_tokens"))
+    maps, tokens, marks = (np.load(files.folder / "arrays" / f"{name}.npy") for name in ("maps", "map_tokens", "map_marks"))
     rates = rates_of(groups)
     chosen = {c_tr: places[0] for (_, c_tr, lr), places in groups.items() if lr == rates[len(rates) // 2]}
-    figure.set_size_inches(10, 0.8 + 3 * len(chosen))
+    figure.set_size_inches(11, 1.1 + 2.2 * len(chosen))
+    figure.suptitle(
+        "Attention of the block that reads the letters, one string; red: letters of the old answer, blue: of the new one"
+    )
     axes = figure.subplots(len(chosen), 3, squeeze=False)
     for row, (c_tr, place) in zip(axes, chosen.items(), strict=True):
         for panel, image, title in zip(row, maps[place], ("compiled", "fine-tuned", "revived"), strict=True):
             brightest = image[1:, 1:].max()  # the start token would outshine the letters
-            panel.imshow(image, vmin=0, vmax=brightest, cmap="magma")
+            panel.imshow(image, vmin=0, vmax=brightest, cmap="magma", aspect="auto")
             panel.set_title(f"{title}, C_Tr {c_tr:g} (brightest letter {brightest:.2g})", fontsize=9)
             letters = ["$" if token == tokens.max() else chr(ord("a") + token) for token in tokens[place]]
-            panel.set_xticks(range(len(letters)), letters, fontsize=6)
+            for text, old, new in zip(panel.set_xticks(range(len(letters)), letters, fontsize=8), *marks[place], strict=True):
+                text.label1.set(color="red" if old else "blue" if new else "black", weight="bold" if old or new else None)
             panel.set_yticks([])
         row[0].set_ylabel("from position")
     for panel in axes[-1]:

@@ -224,6 +224,15 @@ def panels(rows: int, columns: int, width: float = 3.4, height: float = 2.7):
     return figure, axes
 
 
+def explain(figure, axes, words: str) -> None:
+    """A title for the whole figure, and one legend below it."""
+    figure.suptitle(words, fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+
+
+LINK = "C_Tr: share of its texts with the link count(b) = count(a) + 1; C_Te: the test's. Prior: how often pre-training asked of a"
+
+
 def draw(axes, x, values, **style) -> None:
     """values (seeds, points): the median, and the range over seeds as a band."""
     (line,) = axes.plot(x, np.median(values, axis=0), **style)
@@ -239,7 +248,7 @@ def plot_finetuning(study: Study):
     """Figures 5 and 6: accuracies through fine-tuning at eta_M; a row for a prior, a column for a test, a line for each C_Tr."""
     config, x = study.config, finetune_points(study.config)
     figure, axes = panels(len(config.priors), 3)
-    tests = ("count a, C_Te = 0", "count b, C_Te = 0", "count b, C_Te = 1")
+    tests = ("old question, count a, C_Te = 0", "new question, count b, C_Te = 0", "new question, count b, C_Te = 1")
     for i, j in np.ndindex(axes.shape):
         for correlation in config.correlations:
             values = study["finetune"][:, :, study.arm(i, correlation, 1), j]
@@ -249,7 +258,7 @@ def plot_finetuning(study: Study):
         axes[i, j].set_title(f"{tests[j]}, prior {config.priors[i]:g}", fontsize=9)
         axes[i, j].set_xlabel("steps of fine-tuning", fontsize=8)
     figure.supylabel("accuracy", fontsize=9)
-    axes[0, 0].legend(fontsize=7)
+    explain(figure, axes[0, 0], f"Fine-tuning at {config.finetune_lrs[min(1, len(config.finetune_lrs) - 1)]:g}. {LINK}")
     return figure
 
 
@@ -261,12 +270,20 @@ def plot_pruning(study: Study):
         for i, correlation in enumerate(config.correlations):
             curve = study["pruning"][:, study.arm(0, correlation, j)]
             draw(axes[0, j], PRUNED, curve[..., 1], color=f"C{i}", label=f"count a, C_Tr = {correlation:g}")
-            axes[0, j].plot(PRUNED, np.median(curve[..., 2], axis=0), color=f"C{i}", linestyle="--", label="count b, C_Te = 1")
+            axes[0, j].plot(
+                PRUNED,
+                np.median(curve[..., 2], axis=0),
+                color=f"C{i}",
+                linestyle="--",
+                label=f"count b, C_Te = 1, C_Tr = {correlation:g}",
+            )
         floor(axes[0, j], study["majority_tests"][0, 0])
         axes[0, j].set_title(f"prior {config.priors[0]:g}, learning rate {lr:g}", fontsize=9)
         axes[0, j].set_xlabel("rows pruned", fontsize=8)
     axes[0, 0].set_ylabel("accuracy", fontsize=9)
-    axes[0, -1].legend(fontsize=7)
+    explain(
+        figure, axes[0, 0], "Removing the rows of weights that most hinder count a from fine-tuned models: does count a come back?"
+    )
     return figure
 
 
@@ -285,7 +302,7 @@ def plot_probes(study: Study):
         axes[0, j].set_xticks(blocks, [f"B{b}" for b in blocks])
         axes[0, j].set_title(f"probe of count(a), prior {prior:g}", fontsize=9)
     axes[0, 0].set_ylabel("accuracy", fontsize=9)
-    axes[0, 0].legend(fontsize=7)
+    explain(figure, axes[0, 0], "Is count(a) still there inside? Linear probes before block 0 (B0) and after each block")
     return figure
 
 
@@ -323,8 +340,12 @@ def plot_revival(study: Study):
         axes[0, j].set_xscale("symlog", linthresh=5)
         axes[0, j].set_title(f"count a, prior {prior:g}, C_Tr = {config.correlations[-1]:g}", fontsize=9)
         axes[0, j].set_xlabel("steps of reFT", fontsize=8)
+        axes[0, j].axhline(0.9, color="grey", linewidth=0.7, label="90 %")
+        floor(axes[0, j], study["majority_tests"][0, 0])
     axes[0, 0].set_ylabel("accuracy", fontsize=9)
-    axes[0, 0].legend(fontsize=6)
+    explain(
+        figure, axes[0, 0], "Reverse fine-tuning on count a: fine-tuned models (solid) and models that never could count a (dashed)"
+    )
     return figure
 
 
@@ -351,4 +372,5 @@ def plot_stories(study: Study):
     right.set_xticks(blocks, [f"B{b}" for b in blocks])
     left.legend(fontsize=7)
     right.legend(fontsize=7)
+    figure.suptitle("Stories: is a Twist, taken away by fine-tuning, back sooner than where there never was one?", fontsize=10)
     return figure
