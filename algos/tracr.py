@@ -517,6 +517,9 @@ def draw(files: RunFiles) -> None:
         write_atomically(files.folder / "figures" / f"{name}.png", save)
 
 
+LINK = "C_Tr: share of fine-tuning's strings with the link, in which the new answer is the neighbour of the old one"
+
+
 def rates_of(groups) -> list[float]:
     """The learning rates, the largest first."""
     return sorted({lr for _, _, lr in groups}, reverse=True)
@@ -525,7 +528,8 @@ def rates_of(groups) -> list[float]:
 def plot_accuracy(figure, files: RunFiles, groups) -> None:
     """A row for each learning rate: both tasks through fine-tuning and reverse fine-tuning, a line for each C_Tr."""
     rates, shown = rates_of(groups), {"a_ce0": "old task, no link", "b_ce0": "new task, no link", "b_ce1": "new task, link"}
-    figure.set_size_inches(11, 0.8 + 2.3 * len(rates))
+    figure.set_size_inches(11, 1.1 + 2.3 * len(rates))
+    figure.suptitle(LINK)
     axes = figure.subplots(len(rates), len(shown), squeeze=False, sharex=True, sharey=True)
     curves = {name: files.series(name) for name in (*shown, "majority_b")}
     for (_, c_tr, lr), places in groups.items():
@@ -546,7 +550,8 @@ def plot_accuracy(figure, files: RunFiles, groups) -> None:
 def plot_pruning(figure, files: RunFiles, groups) -> None:
     """Accuracy of both tasks against the number of weights removed from the fine-tuned model, strings without the link."""
     curve, rates = np.load(files.folder / "arrays" / "pruning_curve.npy"), rates_of(groups)
-    figure.set_size_inches(1 + 3.4 * len(rates), 3.6)
+    figure.set_size_inches(1 + 3.4 * len(rates), 3.9)
+    figure.suptitle(LINK)
     axes = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
     for number, ((_, c_tr, lr), places) in enumerate(groups.items()):
         colour = f"C{number % len({c for _, c, _ in groups})}"
@@ -574,8 +579,8 @@ def plot_attention(figure, files: RunFiles, groups) -> None:
     axes = figure.subplots(len(chosen), 3, squeeze=False)
     for row, (c_tr, place) in zip(axes, chosen.items(), strict=True):
         for panel, image, title in zip(row, maps[place], ("compiled", "fine-tuned", "revived"), strict=True):
-            brightest = image[1:, 1:].max()  # the start token would outshine the letters
-            panel.imshow(image, vmin=0, vmax=brightest, cmap="magma", aspect="auto")
+            brightest, scale = image[1:, 1:].max(), maps[place, 0, 1:, 1:].max()  # the start token would outshine the letters
+            panel.imshow(image, vmin=0, vmax=scale, cmap="magma", aspect="auto")
             panel.set_title(f"{title}, C_Tr {c_tr:g} (brightest letter {brightest:.2g})", fontsize=9)
             letters = ["$" if token == tokens.max() else chr(ord("a") + token) for token in tokens[place]]
             for text, old, new in zip(panel.set_xticks(range(len(letters)), letters, fontsize=8), *marks[place], strict=True):
@@ -601,6 +606,7 @@ def plot_revival(figure, files: RunFiles, groups) -> None:
         names.append(others.get(start, f"C_Tr {c_tr:g}, fine-tuned at {lr:.2g}"))
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.invert_yaxis()
+    panel.set_xlim(0, 1.03 * end)
     panel.set_xlabel(f"steps of reverse fine-tuning to 90 % on the old task (hollow: not within {end})")
     panel.grid(alpha=0.25)
 
