@@ -447,7 +447,8 @@ def sample_run(back, key, arm: dict, config: Config) -> jax.Array:
 
 def test_questions(config: Config) -> dict:
     """Test sets, tokens (eval_size, size) each, the same for all seeds: O_PT and O_FT without the link (C_Te = 0), O_FT with it;
-    other texts to choose by; on natural texts every family's question about a, then C's about b (families + 1, eval_size, size)."""
+    other texts to choose by; on natural texts every family's question about a, then C's about b (families + 1, eval_size, size);
+    what probes are fitted on and tested on, about a and about b (2, .., size)."""
     language, key = config.language, jax.random.key(1)
     unlinked, linked = (sample_test(key, config.eval_size, link, language) for link in (False, True))
     other = sample_test(jax.random.key(2), config.eval_size, False, language)
@@ -455,6 +456,9 @@ def test_questions(config: Config) -> dict:
     questions |= {"b linked": ask(linked, FAMILY_C, B, language), "a selection": ask(other, FAMILY_C, A, language)}
     text = sample_text(jax.random.key(3), config.eval_size, language.length)
     asked = [ask(text, family, A, language) for family in range(len(FAMILIES))]
+    fitted_on = sample_finetuning(jax.random.key(4), config.probe_size, 0.0, language)
+    for name, texts in (("probe", fitted_on), ("probe test", unlinked)):
+        questions[name] = jnp.stack([ask(texts, FAMILY_C, letter, language) for letter in (A, B)])
     return questions | {"families": jnp.stack([*asked, ask(text, FAMILY_C, B, language)])}
 
 
@@ -514,21 +518,16 @@ def fit_probe(key, x, labels, test_x, test_labels, updates: int, classes: int) -
     return ((test_x @ params["w"] + params["b"]).argmax(-1) == test_labels).mean()
 
 
-def probe(params, config: Config) -> jax.Array:
+def probe(params, tests: dict, config: Config) -> jax.Array:
     """Accuracies (2, blocks + 1) of probes at ART, before and after every block, for count(a) and count(b), each asked for."""
-    language, keys = config.language, jax.random.split(jax.random.key(4), 2)
-    fitted_on = sample_finetuning(keys[0], config.probe_size, 0.0, language)
-    sets = fitted_on, sample_test(jax.random.key(1), config.eval_size, False, language)
+    art = config.language.art
+    fit = partial(fit_probe, jax.random.key(5), updates=config.probe_updates, classes=config.language.window + 1)
 
-    def fitted(letter):
-        pairs = []
-        for text in sets:
-            tokens = ask(text, FAMILY_C, letter, language)[:, : language.art + 1]
-            pairs += [transformer(params, tokens, config)[1], count(text, letter, language.window)]
-        fit = partial(fit_probe, keys[1], updates=config.probe_updates, classes=language.window + 1)
-        return jax.vmap(fit, (0, None, 0, None))(*pairs)
+    def fitted(sets):
+        read = [(transformer(params, x[:, : art + 1], config)[1], x[:, art + 1] - FIRST_NUMBER) for x in sets]
+        return jax.vmap(fit, (0, None, 0, None))(*read[0], *read[1])
 
-    return jax.lax.map(fitted, jnp.array([A, B]))
+    return jax.lax.map(fitted, (jnp.asarray(tests["probe"]), jnp.asarray(tests["probe test"])))
 
 
 def attention_maps(params, tokens, config: Config) -> dict:
@@ -579,30 +578,36 @@ def write_on(params, key, tokens, config: Config) -> jax.Array:
     return jnp.where(jnp.cumsum(end, axis=1) - end > 0, PAD, written)
 
 
-def twist_numbers(params, config: Config) -> jax.Array:
+def story_sets(config: Config) -> dict:
+    """Stories with a Twist, whose headers are written on from; stories that probes are fitted on and tested on, whose headers name
+    no feature, and their features."""
+    sets = {"asked": sample_stories(jax.random.key(1), config.eval_stories, "twists").tokens}
+    for name, num, key in (("probe", config.probe_size, 3), ("probe test", config.eval_size, 4)):
+        key_features, key_story = jax.random.split(jax.random.key(key))
+        features, _ = draw_features(key_features, num, "pretraining")
+        sets |= {name: tell(key_story, features, jnp.zeros_like(features)), f"{name} features": features.astype(jnp.int32)}
+    return sets
+
+
+def twist_numbers(params, tests: dict, config: Config) -> jax.Array:
     """How often there is a Twist in the stories that are asked for one, and the loss on stories with one (2,)."""
-    asked = sample_stories(jax.random.key(1), config.eval_stories, "twists").tokens
+    asked = jnp.asarray(tests["asked"])
     written = write_on(params, jax.random.key(2), asked, config)
     return jnp.stack([has_twist(written).mean(), story_loss(params, asked, config)])
 
 
-def probe_stories(params, config: Config) -> dict:
-    """Accuracies (features, blocks + 1) of probes of features on the mean residual of the last 10 tokens; headers name none."""
+def probe_stories(params, tests: dict, config: Config) -> dict:
+    """Accuracies (features, blocks + 1) of probes of features on the mean residual of the last 10 tokens."""
 
-    def read(key, num):
-        key_features, key_story = jax.random.split(key)
-        features, _ = draw_features(key_features, num, "pretraining")
-        tokens = tell(key_story, features, jnp.zeros_like(features))
+    def read(name):
+        tokens = jnp.asarray(tests[name])
         place = jnp.cumsum(tokens != PAD, axis=1)
         last = (tokens != PAD) & (place > place[:, -1:] - 10)
-        return transformer(params, tokens, config, last / 10)[1], features.T.astype(jnp.int32)
+        return transformer(params, tokens, config, last / 10)[1]
 
-    (x, labels), (test_x, test_labels) = (
-        read(jax.random.key(3 + i), n) for i, n in enumerate((config.probe_size, config.eval_size))
-    )
-    fit = partial(fit_probe, jax.random.key(5), updates=config.probe_updates, classes=2)
-    over_blocks = jax.vmap(fit, (0, None, 0, None))
-    return {"probes": jax.lax.map(lambda pair: over_blocks(x, pair[0], test_x, pair[1]), (labels, test_labels))}
+    x, test_x, labels = read("probe"), read("probe test"), (tests["probe features"].T, tests["probe test features"].T)
+    fit = jax.vmap(partial(fit_probe, jax.random.key(5), updates=config.probe_updates, classes=2), (0, None, 0, None))
+    return {"probes": jax.lax.map(lambda pair: fit(x, pair[0], test_x, pair[1]), labels)}
 
 
 # --- training
@@ -649,7 +654,7 @@ def make_log(config: Config) -> dict:
 def make_train(config: Config) -> Train:
     """The whole study as pure functions of one seed."""
     tx, on_stories = make_optimiser(config), config.data == "stories"
-    tests = {} if on_stories else jax.tree.map(np.asarray, jax.jit(partial(test_questions, config))())
+    tests = jax.tree.map(np.asarray, jax.jit(partial(story_sets if on_stories else test_questions, config))())
 
     def init(key):
         key, *keys = jax.random.split(key, 1 + len(make_models(config)))
@@ -727,7 +732,7 @@ def step_of(config: Config, state: State, t, group: str, loss, sample, rates, se
 def record(config: Config, tests: dict, log, before, after, done) -> jax.Array:
     """log (points, runs, numbers) with what is measured before the first step, and after those steps of measured_at."""
     if config.data == "stories":
-        numbers = partial(twist_numbers, config=config)
+        numbers = partial(twist_numbers, tests=tests, config=config)
     else:
         numbers = partial(accuracies, tests=np.stack([tests[name] for name in ("a", "b", "b linked")]), config=config)
     at = measured_at(config)
@@ -753,8 +758,8 @@ def curves_of(config: Config, log: dict) -> dict:
 def analyse(params, tests, config: Config) -> dict:
     """Probes, and attention on the grammar, of every model; params has a leading axis of models."""
     if config.data == "stories":
-        return jax.lax.map(partial(probe_stories, config=config), params)
-    return jax.lax.map(lambda p: {"probes": probe(p, config)} | attention_maps(p, jnp.asarray(tests["a"]), config), params)
+        return jax.lax.map(partial(probe_stories, tests=tests, config=config), params)
+    return jax.lax.map(lambda p: {"probes": probe(p, tests, config)} | attention_maps(p, jnp.asarray(tests["a"]), config), params)
 
 
 def enter_finetuning(config: Config, tests, state: State) -> State:
@@ -800,7 +805,9 @@ def evaluate(config: Config, tests: dict, state: State) -> dict:
     same_rate = [run.reverse_lr for run in baselines].index(make_arms(config)[arm].reverse_lr)
     revival = jax.vmap(steps_to, (1, None))(log["reverse"], jnp.asarray(reverse_points(config)))
     revival = jnp.where(jnp.isnan(log["reverse"][-1]), jnp.nan, revival)
-    commonest = {name: majority(jnp.asarray(x)[..., config.language.art + 1]) for name, x in tests.items()}
+    commonest = {
+        name: majority(jnp.asarray(tests[name])[..., config.language.art + 1]) for name in ("a", "b", "b linked", "families")
+    }
     numbers = {
         "majority_a": commonest["a"],
         "pretrained_a": log["finetune"][0, arm, 0],
