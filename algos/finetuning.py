@@ -268,7 +268,7 @@ def wrapped(config: Config) -> int:
 
 def points(updates: int, ratio: float) -> np.ndarray:
     """After how many steps of a stage accuracies are measured: 0, 5, then `ratio` apart, and the end."""
-    grid = 5 * ratio ** np.arange(60)
+    grid = 5.0 * ratio ** np.arange(60.0)
     return np.unique([0, *np.round(grid[grid < updates]), updates]).astype(int)
 
 
