@@ -268,13 +268,13 @@ def wrapped(config: Config) -> int:
 
 def points(updates: int, ratio: float) -> np.ndarray:
     """After how many steps of a stage accuracies are measured: 0, 5, then `ratio` apart, and the end."""
-    grid = 5.0 * ratio ** np.arange(60.0)
+    grid = 5 * ratio ** np.arange(60.0)
     return np.unique([0, *np.round(grid[grid < updates]), updates]).astype(int)
 
 
 def finetune_points(config: Config) -> np.ndarray:
     """Steps of fine-tuning after which accuracies, or the Twist rate, are measured."""
-    return points(config.finetune_updates, 1000 if config.data == "stories" else 2)
+    return np.array([0, config.finetune_updates]) if config.data == "stories" else points(config.finetune_updates, 2)
 
 
 def reverse_points(config: Config) -> np.ndarray:
