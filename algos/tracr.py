@@ -535,7 +535,7 @@ def plot_accuracy(figure, files: RunFiles, groups) -> None:
     for (_, c_tr, lr), places in groups.items():
         for panel, (name, title) in zip(axes[rates.index(lr)], shown.items(), strict=True):
             panel.plot(curves[name][0], np.median(curves[name][1][places], 0), label=f"C_Tr {c_tr:g}")
-            panel.set_title(f"{title}; fine-tuned at {lr:g}", fontsize=9)
+            panel.set_title(f"{title}; fine-tuned at {lr:.2g}", fontsize=9)
     for panel in axes.flat:
         panel.axvline(files.config.finetune_steps, color="grey", linestyle=":", label="reverse fine-tuning begins")
         panel.axhline(curves["majority_b"][1].mean(), color="grey", linewidth=0.7, label="majority answer")
@@ -559,7 +559,7 @@ def plot_pruning(figure, files: RunFiles, groups) -> None:
         axes[rates.index(lr)].plot(PRUNED, old, color=colour, label=f"old task, C_Tr {c_tr:g}")
         axes[rates.index(lr)].plot(PRUNED, new, color=colour, linestyle=":", label=f"new task, C_Tr {c_tr:g}")
     for panel, lr in zip(axes, rates, strict=True):
-        panel.set_title(f"fine-tuned at {lr:g}", fontsize=9)
+        panel.set_title(f"fine-tuned at {lr:.2g}", fontsize=9)
         panel.set_xlabel("weights removed, highest score first")
         panel.set_ylim(-0.03, 1.03)
         panel.grid(alpha=0.25)
