@@ -239,6 +239,14 @@ def draw(axes, x, values, **style) -> None:
     axes.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
 
 
+def over_steps(axes, steps) -> None:
+    """An axis of steps: 0, then their logarithm."""
+    axes.set_xscale("symlog", linthresh=5)
+    marks = [0, *(int(10.0**k) for k in range(1, 6) if 10.0**k <= steps[-1])]
+    axes.set_xticks(marks, map(str, marks))
+    axes.set_xlim(0, steps[-1])
+
+
 def floor(axes, value: float) -> None:
     """A line at the accuracy of always giving the commonest answer."""
     axes.axhline(value, color="grey", linestyle=":", linewidth=1, label="commonest answer")
@@ -254,7 +262,7 @@ def plot_finetuning(study: Study):
             values = study["finetune"][:, :, study.arm(i, correlation, 1), j]
             draw(axes[i, j], x, values, label=f"C_Tr = {correlation:g}")
         floor(axes[i, j], study["majority_tests"][0, j])
-        axes[i, j].set_xscale("symlog", linthresh=5)
+        over_steps(axes[i, j], x)
         axes[i, j].set_title(f"{tests[j]}, prior {config.priors[i]:g}", fontsize=9)
         axes[i, j].set_xlabel("steps of fine-tuning", fontsize=8)
     figure.supylabel("accuracy", fontsize=9)
@@ -337,7 +345,7 @@ def plot_revival(study: Study):
         for i, run in enumerate(make_baselines(config)):
             values = np.median(study["reverse"][:, :, len(study.arms) + i], axis=0)
             axes[0, j].plot(x, values, color=f"C{i + 4}", linestyle="--", label=f"{run.name}, {run.reverse_lr:g}")
-        axes[0, j].set_xscale("symlog", linthresh=5)
+        over_steps(axes[0, j], x)
         axes[0, j].set_title(f"count a, prior {prior:g}, C_Tr = {config.correlations[-1]:g}", fontsize=9)
         axes[0, j].set_xlabel("steps of reFT", fontsize=8)
         axes[0, j].axhline(0.9, color="grey", linewidth=0.7, label="90 %")
@@ -362,10 +370,10 @@ def plot_stories(study: Study):
         draw(left, x, study["reverse"][:, :, i, 0], label=words, **style)
         if not control:
             draw(right, blocks, study["after_probes"][:, i, 0], label=words, **style)
-    for i, (words, colour) in enumerate((("pre-trained", "green"), ("control: never saw a Twist", "black"), ("untrained", "grey"))):
+    for i, (words, colour) in enumerate((("pre-trained", "C4"), ("control: never saw a Twist", "black"), ("untrained", "grey"))):
         draw(right, blocks, study["before_probes"][:, i, 0], label=words, color=colour, linestyle="--")
-    left.axhline(np.median(study["finetune"][:, 0, 0, 0]), color="green", linestyle="--", label="pre-trained, before fine-tuning")
-    left.set_xscale("symlog", linthresh=10)
+    left.axhline(np.median(study["finetune"][:, 0, 0, 0]), color="C4", linestyle="--", label="pre-trained, before fine-tuning")
+    over_steps(left, x)
     left.set(xlabel="steps on stories with a Twist (reFT)", ylabel="share of stories with a Twist", title="a Twist is asked for")
     floor(right, 0.5)
     right.set(xlabel="block", ylabel="accuracy", title="probe: has the story a Twist?")
