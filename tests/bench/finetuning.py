@@ -138,6 +138,7 @@ def torch_peer(size: str) -> dict:
             x = self.token(tokens) + self.position(torch.arange(tokens.shape[1]))
             return self.head(self.norm(self.blocks(x)))
 
+    torch.set_num_threads(1)  # threads that wait for one another would count as work
     torch.manual_seed(0)
     model, data = Model(), torch.randint(0, vocabulary, (STEPS, batch, places))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
