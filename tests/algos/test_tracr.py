@@ -188,7 +188,7 @@ def test_revival_is_counted_from_its_start():
 
 def test_the_study_and_bad_requests():
     settings = settings_of(replace(CPU, lr=0.1, lr_ratio=10.0))
-    assert len(set(settings)) == 14 and {s.start for s in settings} == {0, 1, 2}
+    assert len(set(settings)) == 11 and {s.start for s in settings} == {0, 1, 2}
     assert sorted({round(s.lr, 6) for s in settings}) == [0.0, 0.01, 0.1, 1.0]
     for changes, word in ((dict(length=10), "--length"), (dict(c_tr=1.5), "--c-tr"), (dict(num_counts=2), "--num-counts")):
         with pytest.raises(UsageError, match=word):
