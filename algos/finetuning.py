@@ -6,7 +6,9 @@ and the link is strong, it soon fails at counting a, and is right about b only w
 tools ask whether it is: pruning the few rows of weights that most hinder counting a, linear probes on every block, attention maps,
 and reverse fine-tuning (reFT), whose steps are compared with those of models that never could count a.
 
-Run:     python algos/finetuning.py         (low and high prior, C_Tr 0 and 1, two learning rates, and the baselines)
+Run:     python algos/finetuning.py         (low and high prior, C_Tr 0 and 1, three learning rates, and the baselines)
+         python algos/finetuning.py --data stories --num-updates 1700 --pretrain-updates 1500 --finetune-updates 100
+             --eval-every 1700 --finetune-lrs 3e-4 --batch-size 16      (fine-tuning takes a feature of stories away)
 
 Paper:   --preset paper
 
@@ -15,6 +17,9 @@ Expect:  not measured yet; results/finetuning.py holds the claims to be
 One program does all of it: `num_updates` are pre-training of all models side by side, then fine-tuning of all arms (prior x C_Tr x
 learning rate, and the protocols of Appendix E), then reFT of all arms and baselines. arrays/ holds what was measured: `make_log`
 says what its axes are, `make_arms` which arm is which.
+
+Where to find what: Def. 2's arms `make_arms`; Algorithm 3 `row_scores`, `prune`; probes `fit_probe`; attention `attention_maps`;
+reFT's steps `steps_to`; Section 5's stories `sample_protocol`, `twist_numbers`, `probe_stories`.
 
 Differs from the paper (no code of it could be found):
  1. Texts are short, models small and learning rates larger in `cpu`; `paper` has the paper's sizes.
@@ -25,12 +30,16 @@ Differs from the paper (no code of it could be found):
  6. A pruned row is what leads to one output of a weight matrix of attention or MLP; embeddings, norms, biases and head stay. How
     many rows are best is chosen on other texts than those reported.
  7. Probes are fitted on standardised residuals of a fixed set of edited texts. Batches are of one size in all stages.
+ 8. Gradients are clipped to norm 1, and Adam's b2 is 0.99; the paper names neither. There is no dropout.
+ 9. reFT takes the next smaller rate than its fine-tuning; the smallest takes itself.
+10. Stories are told from templates (envs/stories.py), not TinyStories; whether one has a Twist is read off its words, not judged by
+    a model; the model is the grammar's, not a Llama. Probes read stories whose headers name no feature.
 """
 
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +63,23 @@ from envs.pcfg import (
     sequence,
     task_table,
 )
+from envs.stories import (
+    EOS_STORY,
+    PAD,
+    STORY_FEATURES,
+    STORY_SIZE,
+    VOCABULARY,
+    draw_features,
+    has_twist,
+    sample_stories,
+    story_prompt,
+    tell,
+)
 
 # Appendix C.2: P_T(a) -> P_T of a, b, c
-PRIORS = {
-    0.999: (0.999, 0.001, 0),
-    0.99: (0.99, 0.01, 0),
-    0.9: (0.9, 0.1, 0),
-    0.7: (0.7, 0.2, 0.1),
-    0.5: (0.5, 0.3, 0.2),
-}  # Appendix C.2
+PRIORS = {0.999: (0.999, 0.001, 0), 0.99: (0.99, 0.01, 0), 0.9: (0.9, 0.1, 0), 0.7: (0.7, 0.2, 0.1), 0.5: (0.5, 0.3, 0.2)}
 PRUNED = (0, 1, 2, 3, 5, 8, 10, 15, 20)  # rows
+PROTOCOLS = ("pretraining", "never", "F", "F+MM", "F+RR", "twists")  # of stories, see envs/stories.py
 FAMILY_C, A, B = FAMILIES.index("C"), 0, 1  # O_PT is a, O_FT is b
 
 
@@ -71,6 +87,8 @@ FAMILY_C, A, B = FAMILIES.index("C"), 0, 1  # O_PT is a, O_FT is b
 class Config(RunConfig):
     """The study's settings; the defaults are the paper's."""
 
+    data: Literal["pcfg", "stories"] = "pcfg"
+    """Questions about strings of the grammar, or stories, of which fine-tuning takes the Twist away (Section 5)."""
     num_updates: int = 220_000
     """Steps of all three stages; reFT has those that pre-training and fine-tuning leave."""
     pretrain_updates: int = 200_000
@@ -88,8 +106,8 @@ class Config(RunConfig):
     """Shares of pre-training questions in fine-tuning (E.1): an arm each for the low and the high prior, C_Tr 1, second rate."""
     random_labels: bool = True
     """Arms that are taught count(b) as the answer to count(a) (E.4), low and high prior, C_Tr 0, second rate."""
-    jailbreak: bool = True
-    """Models that know two more names for counting a, T_J1 and T_J2 (E.2), low and high prior; C_Tr 0, second rate."""
+    jailbreak: tuple[float, ...] = (0.999, 0.5)
+    """P_T(a) of models that know two more names for counting a, T_J1 and T_J2 (E.2); an arm each, C_Tr 0, second rate."""
 
     lr: float = 1e-3
     """Learning rate of pre-training and of the model trained from scratch."""
@@ -120,18 +138,23 @@ class Config(RunConfig):
     """Texts that probes are fitted on; they are tested on eval_size others."""
     probe_updates: int = 4000
     """Steps of fitting a probe."""
+    eval_stories: int = 256
+    """Stories that a model writes for its Twist rate."""
 
     def __post_init__(self):
         super().__post_init__()
-        counts = "pretrain_updates finetune_updates batch_size width layers heads occurrence eval_size probe_size probe_updates"
+        counts = "pretrain_updates finetune_updates batch_size width layers heads occurrence"
+        counts += " eval_size probe_size probe_updates eval_stories"
         for name in counts.split():
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         left = self.num_updates - self.pretrain_updates - self.finetune_updates
         require(left >= 1, f"--num-updates {self.num_updates}: leaves {left} steps for reFT, must be at least 1")
         require_multiple(self, "width", "heads")
+        require(self.data in ("pcfg", "stories"), f"--data {self.data}: must be pcfg or stories")
         require(3 <= self.window <= self.length, f"--window {self.window}: must lie between 3 and --length {self.length}")
         known = ", ".join(map(str, PRIORS))
         require(self.priors and set(self.priors) <= set(PRIORS), f"--priors {self.priors}: must be some of {known}")
+        require(set(self.jailbreak) <= set(PRIORS), f"--jailbreak {self.jailbreak}: must be some of {known}")
         for name in ("correlations", "finetune_lrs"):
             require(len(getattr(self, name)) > 0, f"--{name.replace('_', '-')}: must have at least one value")
         for name in ("correlations", "mixing"):
@@ -149,6 +172,15 @@ class Config(RunConfig):
         return Language(self.length, self.window, self.occurrence)
 
     @property
+    def vocab_size(self) -> int:
+        return len(VOCABULARY) if self.data == "stories" else self.language.vocab_size
+
+    @property
+    def size(self) -> int:
+        """Tokens of a sequence."""
+        return STORY_SIZE if self.data == "stories" else self.language.size
+
+    @property
     def reverse_updates(self) -> int:
         """Steps of reFT."""
         return self.num_updates - self.pretrain_updates - self.finetune_updates
@@ -156,10 +188,10 @@ class Config(RunConfig):
 
 PAPER = Config(num_seeds=3, log_every=1000, eval_every=10_000, save_every=10_000, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=2, num_updates=4900, pretrain_updates=4200, finetune_updates=300, log_every=50, eval_every=4900,
+    PAPER, preset="cpu", num_seeds=2, num_updates=4000, pretrain_updates=3500, finetune_updates=200, log_every=50, eval_every=4000,
     save_every=100, priors=(0.999, 0.5), correlations=(0.0, 1.0), finetune_lrs=(1e-3, 3e-4, 1e-4), mixing=(), random_labels=False,
-    jailbreak=False, lr=3e-3, batch_size=32, answer_weight=1.0, width=48, layers=3, heads=4, length=40, window=16, occurrence=2,
-    models_at_once=0, eval_size=256, probe_size=1024, probe_updates=600,
+    jailbreak=(), lr=3e-3, batch_size=32, answer_weight=1.0, width=48, layers=3, heads=4, length=40, window=16, occurrence=2,
+    models_at_once=0, eval_size=256, probe_size=1024, probe_updates=600, eval_stories=32,
 )  # fmt: skip
 
 
@@ -169,7 +201,7 @@ CPU = replace(
 class Arm(NamedTuple):
     """One fine-tuning: of which model, with what data, how fast; and its reFT."""
 
-    name: str  # "sweep", "mixing", "random labels" or "jailbreak"; of baselines "scratch + FT" or "scratch"
+    name: str  # "sweep", "mixing", "random labels", "jailbreak" or stories' protocol; baselines "scratch + FT", "scratch", "never"
     model: int  # place among the models
     correlation: float  # C_Tr
     lr: float
@@ -179,10 +211,14 @@ class Arm(NamedTuple):
 
 
 def make_models(config: Config) -> list[tuple[str, float, np.ndarray]]:
-    """Name, P_T(a) and task table of every pre-trained model; the last one only ever counts b (Scr. + FT)."""
+    """Name, P_T(a) and task table of every pre-trained model; the last one only ever counts b (Scr. + FT).
+
+    Of stories: the protocol, 0, and its place among PROTOCOLS; the last one never sees a Twist.
+    """
+    if config.data == "stories":
+        return [(name, 0.0, np.array(PROTOCOLS.index(name))) for name in ("pretraining", "never")]
     models = [("prior", prior, task_table(PRIORS[prior])) for prior in config.priors]
-    if config.jailbreak:
-        models += [("jailbreak", prior, task_table(PRIORS[prior], jailbreak=True)) for prior in ends(config.priors)]
+    models += [("jailbreak", prior, task_table(PRIORS[prior], jailbreak=True)) for prior in config.jailbreak]
     only_b = np.zeros_like(models[0][2])
     only_b[FAMILY_C, B] = 1
     return [*models, ("only b", 0.0, only_b)]
@@ -197,6 +233,8 @@ def make_arms(config: Config) -> list[Arm]:
     """The fine-tuned arms: the sweep, and the protocols of Appendix E at the second learning rate."""
     lrs, arms = config.finetune_lrs, []
     reverse = {lr: lrs[min(i + 1, len(lrs) - 1)] for i, lr in enumerate(lrs)}
+    if config.data == "stories":
+        return [Arm(name, 0, 0.0, lr, reverse[lr]) for name in ("F", "F+MM", "F+RR") for lr in lrs]
     for model in range(len(config.priors)):
         arms += [Arm("sweep", model, c, lr, reverse[lr]) for c in config.correlations for lr in lrs]
     lr, extreme = medium(config), ends(range(len(config.priors)))
@@ -208,9 +246,11 @@ def make_arms(config: Config) -> list[Arm]:
 
 
 def make_baselines(config: Config) -> list[Arm]:
-    """What only reFT trains: the model that counts b at every learning rate, and one from scratch."""
-    lrs, only_b = config.finetune_lrs, len(make_models(config)) - 1
-    after = [Arm("scratch + FT", only_b, 0.0, 0.0, lr) for lr in lrs]
+    """What only reFT trains: the model that counts b (never saw a Twist) at every learning rate, and one from scratch."""
+    lrs, last = config.finetune_lrs, len(make_models(config)) - 1
+    if config.data == "stories":
+        return [Arm("never", last, 0.0, 0.0, lr) for lr in lrs]
+    after = [Arm("scratch + FT", last, 0.0, 0.0, lr) for lr in lrs]
     return [*after, Arm("scratch", -1, 0.0, 0.0, config.lr)]
 
 
@@ -228,18 +268,24 @@ def wrapped(config: Config) -> int:
 
 def points(updates: int, ratio: float) -> np.ndarray:
     """After how many steps of a stage accuracies are measured: 0, 5, then `ratio` apart, and the end."""
-    grid = 5 * ratio ** np.arange(60)
+    grid = 5 * ratio ** np.arange(60.0)
     return np.unique([0, *np.round(grid[grid < updates]), updates]).astype(int)
 
 
 def finetune_points(config: Config) -> np.ndarray:
-    """Steps of fine-tuning after which accuracies are measured."""
-    return points(config.finetune_updates, 2)
+    """Steps of fine-tuning after which accuracies, or the Twist rate, are measured."""
+    return np.array([0, config.finetune_updates]) if config.data == "stories" else points(config.finetune_updates, 2)
 
 
 def reverse_points(config: Config) -> np.ndarray:
-    """Steps of reFT after which accuracies are measured."""
-    return points(config.reverse_updates, 2**0.5)
+    """Steps of reFT after which accuracies, or the Twist rate, are measured."""
+    at = np.array([0, 10, 30, 100, 300, config.reverse_updates])
+    return np.unique(at[at <= config.reverse_updates]) if config.data == "stories" else points(config.reverse_updates, 2**0.5)
+
+
+def measured_at(config: Config) -> np.ndarray:
+    """Both, as steps since pre-training."""
+    return np.concatenate([finetune_points(config), config.finetune_updates + reverse_points(config)[1:]])
 
 
 # --- the transformer (minGPT): blocks stacked along their first axis and scanned
@@ -247,7 +293,7 @@ def reverse_points(config: Config) -> np.ndarray:
 
 def init_model(key, config: Config) -> dict:
     """Parameters. Matrices are normal with variance 1 / n_in, those that write to the residual stream smaller by sqrt(2 layers)."""
-    keys, d, n, language = jax.random.split(key, 7), config.width, config.layers, config.language
+    keys, d, n = jax.random.split(key, 7), config.width, config.layers
     normal = lambda key, *shape: jax.random.normal(key, shape) / math.sqrt(shape[-2])
     blocks = {
         "qkv": normal(keys[0], n, d, 3 * d),
@@ -257,9 +303,9 @@ def init_model(key, config: Config) -> dict:
     }
     blocks |= {f"{name}_b": jnp.zeros((n, w.shape[-1])) for name, w in blocks.items()}
     blocks |= {name: jnp.ones((n, d)) for name in ("norm1", "norm2")} | {name: jnp.zeros((n, d)) for name in ("norm1_b", "norm2_b")}
-    token = 0.5 * jax.random.normal(keys[4], (language.vocab_size, d))
-    position = 0.5 * jax.random.normal(keys[5], (language.size, d))
-    head = normal(keys[6], d, language.vocab_size)
+    token = 0.5 * jax.random.normal(keys[4], (config.vocab_size, d))
+    position = 0.5 * jax.random.normal(keys[5], (config.size, d))
+    head = normal(keys[6], d, config.vocab_size)
     return {"blocks": blocks, "token": token, "position": position, "norm": jnp.ones(d), "norm_b": jnp.zeros(d), "head": head}
 
 
@@ -278,20 +324,22 @@ def attend(qkv, heads: int) -> tuple[jax.Array, jax.Array]:
     return (attention @ v).transpose(0, 2, 1, 3).reshape(num, size, -1), attention
 
 
-def transformer(params, tokens, config: Config):
-    """tokens (B, S) -> residual stream (B, S, d); at the last place: before and after every block (blocks + 1, B, d), attention of
-    every block (blocks, B, heads, S)."""
+def transformer(params, tokens, config: Config, weights=None):
+    """tokens (B, S) -> residual stream (B, S, d); at the last place, or the sum over places times `weights` (B, S), before and
+    after every block (blocks + 1, B, d); the last place's attention of every block (blocks, B, heads, S)."""
     x = params["token"][tokens] + params["position"][: tokens.shape[1]]
+
+    seen = lambda x: x[:, -1] if weights is None else jnp.einsum("bs,bsd->bd", weights, x)
 
     def block(x, p):
         read, attention = attend(layer_norm(x, p["norm1"], p["norm1_b"]) @ p["qkv"] + p["qkv_b"], config.heads)
         x = x + read @ p["proj"] + p["proj_b"]
         hidden = jax.nn.gelu(layer_norm(x, p["norm2"], p["norm2_b"]) @ p["up"] + p["up_b"])
         x = x + hidden @ p["down"] + p["down_b"]
-        return x, (x[:, -1], attention[:, :, -1])
+        return x, (seen(x), attention[:, :, -1])
 
     last, (residuals, attention) = jax.lax.scan(block, x, params["blocks"])
-    return last, jnp.concatenate([x[None, :, -1], residuals]), attention
+    return last, jnp.concatenate([seen(x)[None], residuals]), attention
 
 
 def predict(params, x) -> jax.Array:
@@ -323,6 +371,11 @@ def accuracy(params, tokens, config: Config) -> jax.Array:
     return (answers_of(params, tokens, config).argmax(-1) == tokens[:, config.language.art + 1]).mean()
 
 
+def accuracies(params, tests, config: Config) -> jax.Array:
+    """Those on several test sets (sets, N, size)."""
+    return jax.lax.map(lambda tokens: accuracy(params, tokens, config), jnp.asarray(tests))
+
+
 # --- one step of many models
 
 
@@ -348,17 +401,22 @@ def side_by_side(config: Config, function, *trees):
 def learn(config: Config, loss, sample, key, params, moments, rates, settings):
     """A step of every model, on a batch of its own -> params, moments, losses (models,).
 
-    sample: key, settings of a model -> tokens; rates (models,).
+    sample: key, settings of a model, config -> tokens; rates (models,). A rate of 0 leaves a model as it is.
     """
     tx = make_optimiser(config)
 
     def step(key, params, moments, rate, settings):
-        tokens = shard_batch(sample(key, settings))
+        tokens = shard_batch(sample(key, settings, config))
         value, grads = jax.value_and_grad(loss)(params, tokens, config)
         updates, moments = tx.update(grads, moments, params)
         return jax.tree.map(lambda p, u: p - rate * u, params, updates), moments, value
 
     return side_by_side(config, step, jax.random.split(key, rates.size), params, moments, rates, settings)
+
+
+def sample_questions(key, tasks, config: Config) -> jax.Array:
+    """A batch of pre-training (B, size): natural texts, questions of `tasks` (families, letters)."""
+    return sample_pretraining(key, config.batch_size, tasks, config.language)
 
 
 def sample_arm(key, arm: dict, config: Config) -> jax.Array:
@@ -374,28 +432,34 @@ def sample_arm(key, arm: dict, config: Config) -> jax.Array:
     return jnp.where(jax.random.uniform(keys[2], (num, 1)) < arm["mixing"], old, tokens)
 
 
-def sample_reverse(key, _, config: Config) -> jax.Array:
+def sample_reverse(key, config: Config) -> jax.Array:
     """A batch of reFT (B, size): natural texts, count a."""
     return ask(sample_text(key, config.batch_size, config.language.length), FAMILY_C, A, config.language)
+
+
+def sample_run(back, key, arm: dict, config: Config) -> jax.Array:
+    """A batch of fine-tuning, or of reFT where `back` ()."""
+    return jax.lax.cond(back, lambda: sample_reverse(key, config), lambda: sample_arm(key, arm, config))
 
 
 # --- analysis
 
 
 def test_questions(config: Config) -> dict:
-    """Test sets, tokens (eval_size, size) each, the same for all seeds: O_PT and O_FT without the link (C_Te = 0), O_FT with it."""
+    """Test sets, tokens (eval_size, size) each, the same for all seeds: O_PT and O_FT without the link (C_Te = 0), O_FT with it;
+    other texts to choose by; on natural texts every family's question about a, then C's about b (families + 1, eval_size, size);
+    what probes are fitted on and tested on, about a and about b (2, .., size)."""
     language, key = config.language, jax.random.key(1)
     unlinked, linked = (sample_test(key, config.eval_size, link, language) for link in (False, True))
     other = sample_test(jax.random.key(2), config.eval_size, False, language)
     questions = {"a": ask(unlinked, FAMILY_C, A, language), "b": ask(unlinked, FAMILY_C, B, language)}
-    return questions | {"b linked": ask(linked, FAMILY_C, B, language), "a selection": ask(other, FAMILY_C, A, language)}
-
-
-def family_questions(config: Config) -> jax.Array:
-    """Natural texts, every family's question about a, and C's about b: (families + 1, eval_size, size)."""
-    text = sample_text(jax.random.key(3), config.eval_size, config.language.length)
-    asked = [ask(text, family, A, config.language) for family in range(len(FAMILIES))]
-    return jnp.stack([*asked, ask(text, FAMILY_C, B, config.language)])
+    questions |= {"b linked": ask(linked, FAMILY_C, B, language), "a selection": ask(other, FAMILY_C, A, language)}
+    text = sample_text(jax.random.key(3), config.eval_size, language.length)
+    asked = [ask(text, family, A, language) for family in range(len(FAMILIES))]
+    fitted_on = sample_finetuning(jax.random.key(4), config.probe_size, 0.0, language)
+    for name, texts in (("probe", fitted_on), ("probe test", unlinked)):
+        questions[name] = jnp.stack([ask(texts, FAMILY_C, letter, language) for letter in (A, B)])
+    return questions | {"families": jnp.stack([*asked, ask(text, FAMILY_C, B, language)])}
 
 
 def renamed_question(tokens, family: str) -> jax.Array:
@@ -432,12 +496,8 @@ def row_scores(params, tokens, config: Config) -> dict:
 def pruning_curve(params, tests: dict, config: Config) -> jax.Array:
     """Accuracies (PRUNED, 3) with ever more rows pruned: count a on the scores' texts, count a on others, count b linked."""
     scores = row_scores(params, tests["a selection"], config)
-
-    def measured(num):
-        pruned = prune(params, scores, num)
-        return jnp.stack([accuracy(pruned, tests[name], config) for name in ("a selection", "a", "b linked")])
-
-    return jax.lax.map(measured, jnp.array(PRUNED))
+    shown = np.stack([tests[name] for name in ("a selection", "a", "b linked")])
+    return jax.lax.map(lambda num: accuracies(prune(params, scores, num), shown, config), jnp.array(PRUNED))
 
 
 def fit_probe(key, x, labels, test_x, test_labels, updates: int, classes: int) -> jax.Array:
@@ -458,21 +518,16 @@ def fit_probe(key, x, labels, test_x, test_labels, updates: int, classes: int) -
     return ((test_x @ params["w"] + params["b"]).argmax(-1) == test_labels).mean()
 
 
-def probe(params, config: Config) -> jax.Array:
+def probe(params, tests: dict, config: Config) -> jax.Array:
     """Accuracies (2, blocks + 1) of probes at ART, before and after every block, for count(a) and count(b), each asked for."""
-    language, keys = config.language, jax.random.split(jax.random.key(4), 2)
-    fitted_on = sample_finetuning(keys[0], config.probe_size, 0.0, language)
-    sets = fitted_on, sample_test(jax.random.key(1), config.eval_size, False, language)
+    art = config.language.art
+    fit = partial(fit_probe, jax.random.key(5), updates=config.probe_updates, classes=config.language.window + 1)
 
-    def fitted(letter):
-        pairs = []
-        for text in sets:
-            tokens = ask(text, FAMILY_C, letter, language)[:, : language.art + 1]
-            pairs += [transformer(params, tokens, config)[1], count(text, letter, language.window)]
-        fit = partial(fit_probe, keys[1], updates=config.probe_updates, classes=language.window + 1)
-        return jax.vmap(fit, (0, None, 0, None))(*pairs)
+    def fitted(sets):
+        read = [(transformer(params, x[:, : art + 1], config)[1], x[:, art + 1] - FIRST_NUMBER) for x in sets]
+        return jax.vmap(fit, (0, None, 0, None))(*read[0], *read[1])
 
-    return jax.lax.map(fitted, jnp.array([A, B]))
+    return jax.lax.map(fitted, (jnp.asarray(tests["probe"]), jnp.asarray(tests["probe test"])))
 
 
 def attention_maps(params, tokens, config: Config) -> dict:
@@ -485,10 +540,74 @@ def attention_maps(params, tokens, config: Config) -> dict:
     return {"attention": attention.mean(1), "attention_letters": jnp.einsum("lbhs,bsc->lhc", attention, letter) / tokens.shape[0]}
 
 
-def analyse(params, tests, config: Config) -> dict:
-    """Probes and attention of every model; params has a leading axis of models."""
-    each = lambda p: {"probes": probe(p, config)} | attention_maps(p, tests["a"], config)
-    return jax.lax.map(each, params)
+# --- the same on stories (Section 5)
+
+
+def sample_protocol(key, protocol, config: Config) -> jax.Array:
+    """A batch of stories (B, STORY_SIZE) of PROTOCOLS[protocol]."""
+    key_features, key_story = jax.random.split(key)
+    drawn = [draw_features(key_features, config.batch_size, name) for name in PROTOCOLS]
+    features, named = (jnp.stack(each)[protocol] for each in zip(*drawn, strict=True))
+    return tell(key_story, features, named)
+
+
+def sample_turned(back, key, protocol, config: Config) -> jax.Array:
+    """A batch of fine-tuning, or of reFT where `back` (): every story has a Twist."""
+    return sample_protocol(key, jnp.where(back, PROTOCOLS.index("twists"), protocol), config)
+
+
+def story_loss(params, tokens, config: Config) -> jax.Array:
+    """Cross-entropy of the next token, mean over those that are there (PAD is not)."""
+    x, _, _ = transformer(params, tokens[:, :-1], config)
+    losses = optax.softmax_cross_entropy_with_integer_labels(predict(params, x), tokens[:, 1:])
+    there = tokens[:, 1:] != PAD
+    return (losses * there).sum() / there.sum()
+
+
+def write_on(params, key, tokens, config: Config) -> jax.Array:
+    """Stories (N, STORY_SIZE) that the model writes, token by token, after the headers of `tokens`; PAD after their end."""
+    begin = story_prompt(tokens)
+
+    def write(tokens, i):
+        x, _, _ = transformer(params, tokens, config)
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), predict(params, x[:, i]))
+        return tokens.at[:, i + 1].set(jnp.where(i + 1 < begin, tokens[:, i + 1], drawn)), None
+
+    written, _ = jax.lax.scan(write, tokens, jnp.arange(STORY_SIZE - 1))
+    end = written == EOS_STORY
+    return jnp.where(jnp.cumsum(end, axis=1) - end > 0, PAD, written)
+
+
+def story_sets(config: Config) -> dict:
+    """Stories with a Twist, whose headers are written on from; stories that probes are fitted on and tested on, whose headers name
+    no feature, and their features."""
+    sets = {"asked": sample_stories(jax.random.key(1), config.eval_stories, "twists").tokens}
+    for name, num, key in (("probe", config.probe_size, 3), ("probe test", config.eval_size, 4)):
+        key_features, key_story = jax.random.split(jax.random.key(key))
+        features, _ = draw_features(key_features, num, "pretraining")
+        sets |= {name: tell(key_story, features, jnp.zeros_like(features)), f"{name} features": features.astype(jnp.int32)}
+    return sets
+
+
+def twist_numbers(params, tests: dict, config: Config) -> jax.Array:
+    """How often there is a Twist in the stories that are asked for one, and the loss on stories with one (2,)."""
+    asked = jnp.asarray(tests["asked"])
+    written = write_on(params, jax.random.key(2), asked, config)
+    return jnp.stack([has_twist(written).mean(), story_loss(params, asked, config)])
+
+
+def probe_stories(params, tests: dict, config: Config) -> dict:
+    """Accuracies (features, blocks + 1) of probes of features on the mean residual of the last 10 tokens."""
+
+    def read(name):
+        tokens = jnp.asarray(tests[name])
+        place = jnp.cumsum(tokens != PAD, axis=1)
+        last = (tokens != PAD) & (place > place[:, -1:] - 10)
+        return transformer(params, tokens, config, last / 10)[1]
+
+    x, test_x, labels = read("probe"), read("probe test"), (tests["probe features"].T, tests["probe test features"].T)
+    fit = jax.vmap(partial(fit_probe, jax.random.key(5), updates=config.probe_updates, classes=2), (0, None, 0, None))
+    return {"probes": jax.lax.map(lambda pair: fit(x, pair[0], test_x, pair[1]), labels)}
 
 
 # --- training
@@ -507,24 +626,26 @@ def make_log(config: Config) -> dict:
     """Arrays of what will be measured. Accuracies are shares of right answers.
 
     families (models, 8)       each family's question about a, then C's about b; natural texts
-    finetune (points, arms, 3) count a with C_Te = 0, count b with C_Te = 0, count b with C_Te = 1; see finetune_points
-    reverse (points, runs)     count a with C_Te = 0; runs are arms, then baselines; see reverse_points
+    tuned (points, runs, 3)    count a with C_Te = 0, count b with C_Te = 0, count b with C_Te = 1, through fine-tuning and then
+                               reFT, see measured_at; runs are arms, then baselines
     pruning (arms, PRUNED, 3)  see pruning_curve
     renamed (arms, 3)          count a with C_Te = 0, asked as C, J1, J2
     before_X                   of the models, then an untrained one; X is probes (.., 2, blocks + 1), attention (..,
                                blocks, heads, S) or attention_letters (.., blocks, heads, 3)
     after_X                    the same of the fine-tuned arms
+
+    Of stories there are only tuned (points, runs, 2), see twist_numbers, and probes (.., 5 features, blocks + 1).
     """
     models, arms, runs = len(make_models(config)), len(make_arms(config)), len(make_arms(config)) + len(make_baselines(config))
-    shapes = {
-        "families": (models, len(FAMILIES) + 1),
-        "finetune": (len(finetune_points(config)), arms, 3),
-        "reverse": (len(reverse_points(config)), runs),
-        "pruning": (arms, len(PRUNED), 3),
-        "renamed": (arms, 3),
-    }
+    points, blocks = len(measured_at(config)), config.layers + 1
+    if config.data == "stories":
+        shapes = {"tuned": (points, runs, 2), "before_probes": (models + 1, len(STORY_FEATURES), blocks)}
+        shapes["after_probes"] = (arms, len(STORY_FEATURES), blocks)
+        return {name: jnp.full(shape, jnp.nan) for name, shape in shapes.items()}
+    shapes = {"families": (models, len(FAMILIES) + 1), "tuned": (points, runs, 3)}
+    shapes |= {"pruning": (arms, len(PRUNED), 3), "renamed": (arms, 3)}
     for stage, num in (("before", models + 1), ("after", arms)):
-        shapes[f"{stage}_probes"] = (num, 2, config.layers + 1)
+        shapes[f"{stage}_probes"] = (num, 2, blocks)
         shapes[f"{stage}_attention"] = (num, config.layers, config.heads, config.language.art + 1)
         shapes[f"{stage}_attention_letters"] = (num, config.layers, config.heads, 3)
     return {name: jnp.full(shape, jnp.nan) for name, shape in shapes.items()}
@@ -532,7 +653,8 @@ def make_log(config: Config) -> dict:
 
 def make_train(config: Config) -> Train:
     """The whole study as pure functions of one seed."""
-    tx, stages = make_optimiser(config), (pretrain, finetune, reverse)
+    tx, on_stories = make_optimiser(config), config.data == "stories"
+    tests = jax.tree.map(np.asarray, jax.jit(partial(story_sets if on_stories else test_questions, config))())
 
     def init(key):
         key, *keys = jax.random.split(key, 1 + len(make_models(config)))
@@ -542,17 +664,13 @@ def make_train(config: Config) -> Train:
         return State(params, moments, make_log(config), key)
 
     def update(state: State, t):
-        """One step of the stage that t belongs to."""
-        stage = jnp.sum(t >= begins(config)) - 1
-        state, loss = jax.lax.switch(stage, [partial(step, config) for step in stages], state, t)
-        return state, {f"{step.__name__}_loss": jnp.where(stage == i, loss, jnp.nan) for i, step in enumerate(stages)}
+        """One step of pre-training, fine-tuning or reFT."""
+        stage = jnp.sum(t >= np.cumsum([config.pretrain_updates, config.finetune_updates]))
+        state, loss = jax.lax.cond(stage == 0, partial(pretrain, config), partial(tune, config, tests), state, t)
+        names = ("pretrain", "finetune", "reverse")
+        return state, {f"{name}_loss": jnp.where(stage == i, loss, jnp.nan) for i, name in enumerate(names)}
 
-    return Train(init, update, partial(evaluate, config), config.num_updates)
-
-
-def begins(config: Config) -> np.ndarray:
-    """The first update of pre-training, fine-tuning and reFT."""
-    return np.cumsum([0, config.pretrain_updates, config.finetune_updates])
+    return Train(init, update, partial(evaluate_stories if on_stories else evaluate, config, tests), config.num_updates)
 
 
 def fresh_model(config: Config, key) -> dict:
@@ -572,80 +690,99 @@ def start_runs(config: Config, key, pretrained) -> dict:
 
 
 def pretrain(config: Config, state: State, t):
-    """A step of every model on questions of its own kinds -> state, mean loss."""
-    models = make_models(config)
-    sample = lambda key, tasks: sample_pretraining(key, config.batch_size, tasks, config.language)
-    rates = jnp.full(len(models), config.lr) * schedule(t, config.pretrain_updates)
-    return stage_step(config, state, t, "pretrained", sequence_loss, sample, rates, np.stack([tasks for _, _, tasks in models]))
+    """A step of every model on data of its own kind -> state, mean loss."""
+    kinds = np.stack([kind for _, _, kind in make_models(config)])
+    loss, sample = (story_loss, sample_protocol) if config.data == "stories" else (sequence_loss, sample_questions)
+    rates = np.full(len(kinds), config.lr) * schedule(t, config.pretrain_updates)
+    return step_of(config, state, t, "pretrained", loss, sample, rates, kinds)
 
 
-def finetune(config: Config, state: State, t):
-    """A step of every arm -> state, mean loss. The first one measures the pre-trained models and gives them to the arms."""
-    arms, models, done = make_arms(config), make_models(config), t - begins(config)[1]
-    settings = {name: np.array([getattr(arm, name) for arm in arms], np.float32) for name in ("correlation", "wrong", "mixing")}
-    settings["tasks"] = np.stack([models[arm.model][2] for arm in arms])
-    rates = np.array([arm.lr for arm in arms], np.float32) * schedule(done, config.finetune_updates)
-    state = jax.lax.cond(done == 0, partial(enter_finetuning, config), lambda state: state, state)
-    state, loss = stage_step(config, state, t, "tuned", answer_loss, partial(sample_arm, config=config), rates, settings)
-    return record(config, state, "finetune", done + 1), loss
+def tune(config: Config, tests: dict, state: State, t):
+    """A step of fine-tuning of every arm, or of reFT of every arm and baseline -> state, mean loss."""
+    done, turn, identity = t - config.pretrain_updates, config.finetune_updates, lambda state: state
+    state = jax.lax.cond(done == 0, partial(enter_finetuning, config, tests), identity, state)
+    state = jax.lax.cond(done == turn, partial(enter_reverse, config, tests), identity, state)
+    back, (settings, forth_lr, back_lr) = done >= turn, settings_of_runs(config)
+    forth_lr, back_lr = forth_lr * schedule(done, turn), back_lr * schedule(done - turn, config.reverse_updates)
+    loss, sample = (story_loss, sample_turned) if config.data == "stories" else (answer_loss, sample_run)
+    before = state.params["tuned"]
+    state, loss = step_of(config, state, t, "tuned", loss, partial(sample, back), jnp.where(back, back_lr, forth_lr), settings)
+    log = record(config, tests, state.log["tuned"], before, state.params["tuned"], done)
+    return state._replace(log=state.log | {"tuned": log}), loss
 
 
-def reverse(config: Config, state: State, t):
-    """A step of reFT of every arm and baseline -> state, mean loss. The first one analyses the fine-tuned arms."""
-    runs, done = [*make_arms(config), *make_baselines(config)], t - begins(config)[2]
-    rates = np.array([run.reverse_lr for run in runs], np.float32) * schedule(done, config.reverse_updates)
-    state = jax.lax.cond(done == 0, partial(enter_reverse, config), lambda state: state, state)
-    state, loss = stage_step(config, state, t, "tuned", answer_loss, partial(sample_reverse, config=config), rates, rates)
-    return record(config, state, "reverse", done + 1), loss
+def settings_of_runs(config: Config) -> tuple:
+    """What the arms and baselines are fine-tuned on, their rates then (baselines: 0), and their rates in reFT; (runs,) each."""
+    runs, models = [*make_arms(config), *make_baselines(config)], make_models(config)
+    rates = np.array([run.lr for run in runs], np.float32), np.array([run.reverse_lr for run in runs], np.float32)
+    if config.data == "stories":
+        return np.array([PROTOCOLS.index(run.name) for run in runs]), *rates
+    settings = {name: np.array([getattr(run, name) for run in runs], np.float32) for name in ("correlation", "wrong", "mixing")}
+    return settings | {"tasks": np.stack([models[run.model][2] for run in runs])}, *rates
 
 
-def stage_step(config: Config, state: State, t, which: str, loss, sample, rates, settings):
-    """A step of the first rates.size of the models `which` -> state, mean loss."""
-    held = state.params[which], state.moments[which]
-    some = jax.tree.map(lambda x: x[: rates.size], held)
-    *some, losses = learn(config, loss, sample, jax.random.fold_in(state.key, t), *some, rates, settings)
-    params, moments = jax.tree.map(lambda x, new: x.at[: rates.size].set(new), held, tuple(some))
-    return state._replace(params=state.params | {which: params}, moments=state.moments | {which: moments}), losses.mean()
+def step_of(config: Config, state: State, t, group: str, loss, sample, rates, settings):
+    """A step of the models of a group -> state, mean loss."""
+    key, held = jax.random.fold_in(state.key, t), (state.params[group], state.moments[group])
+    params, moments, losses = learn(config, loss, sample, key, *held, rates, settings)
+    state = state._replace(params=state.params | {group: params}, moments=state.moments | {group: moments})
+    return state, jnp.where(rates > 0, losses, 0).sum() / (rates > 0).sum()
 
 
-def enter_finetuning(config: Config, state: State) -> State:
-    """Pre-training is over: measures it, and gives every arm its model."""
-    pretrained, questions = state.params["pretrained"], family_questions(config)
-    families = jax.lax.map(lambda p: jax.lax.map(lambda tokens: accuracy(p, tokens, config), questions), pretrained)
-    known = append(pretrained, fresh_model(config, state.key))
-    found = {f"before_{name}": x for name, x in analyse(known, test_questions(config), config).items()}
-    params = state.params | {"tuned": start_runs(config, state.key, pretrained)}
-    return measure(config, state._replace(params=params, log=state.log | found | {"families": families}), "finetune", 0)
-
-
-def enter_reverse(config: Config, state: State) -> State:
-    """Fine-tuning is over: prunes and probes every arm, and forgets the moments of AdamW."""
-    tuned, tests = jax.tree.map(lambda x: x[: len(make_arms(config))], state.params["tuned"]), test_questions(config)
-    found = {f"after_{name}": x for name, x in analyse(tuned, tests, config).items()}
-    found["pruning"] = jax.lax.map(lambda p: pruning_curve(p, tests, config), tuned)
-    renamed = jnp.stack([renamed_question(tests["a"], name) for name in ("C", "J1", "J2")])
-    found["renamed"] = jax.lax.map(lambda p: jax.lax.map(lambda tokens: accuracy(p, tokens, config), renamed), tuned)
-    moments = state.moments | {"tuned": jax.tree.map(jnp.zeros_like, state.moments["tuned"])}
-    return measure(config, state._replace(moments=moments, log=state.log | found), "reverse", 0)
-
-
-def record(config: Config, state: State, stage: str, done) -> State:
-    """Measures where `done` steps of the stage are one of its points."""
-    at = finetune_points(config) if stage == "finetune" else reverse_points(config)
-    due = jnp.asarray(np.isin(np.arange(at[-1] + 1), at))[done]
-    place = jnp.searchsorted(jnp.asarray(at), done)
-    return jax.lax.cond(due, lambda state: measure(config, state, stage, place), lambda state: state, state)
-
-
-def measure(config: Config, state: State, stage: str, place) -> State:
-    """Writes the accuracies of a stage's models to its log."""
-    tests, tuned = test_questions(config), state.params["tuned"]
-    if stage == "reverse":
-        found = jax.lax.map(lambda p: accuracy(p, tests["a"], config), tuned)
+def record(config: Config, tests: dict, log, before, after, done) -> jax.Array:
+    """log (points, runs, numbers) with what is measured before the first step, and after those steps of measured_at."""
+    if config.data == "stories":
+        numbers = partial(twist_numbers, tests=tests, config=config)
     else:
-        each = lambda p: jnp.stack([accuracy(p, tests[name], config) for name in ("a", "b", "b linked")])
-        found = jax.lax.map(each, jax.tree.map(lambda x: x[: len(make_arms(config))], tuned))
-    return state._replace(log=state.log | {stage: state.log[stage].at[place].set(found)})
+        numbers = partial(accuracies, tests=np.stack([tests[name] for name in ("a", "b", "b linked")]), config=config)
+    at = measured_at(config)
+
+    def look(log, late):
+        """Before the step, or after it."""
+        steps = done + late
+        params = lambda: jax.tree.map(lambda x, y: jnp.where(late == 1, y, x), before, after)
+        write = lambda log: log.at[jnp.searchsorted(at, steps)].set(jax.lax.map(numbers, params()))
+        due = jnp.isin(steps, at) & ((late == 1) | (done == 0))
+        return jax.lax.cond(due, write, lambda log: log, log), None
+
+    return jax.lax.scan(look, log, np.arange(2))[0]
+
+
+def curves_of(config: Config, log: dict) -> dict:
+    """The log's `tuned` as finetune (points, arms, ..) and reverse (points, runs, ..), of the grammar only count a's."""
+    tuned, points = log["tuned"], len(finetune_points(config))
+    reverse = tuned[points - 1 :] if config.data == "stories" else tuned[points - 1 :, :, 0]
+    return {"finetune": tuned[:points, : len(make_arms(config))], "reverse": reverse}
+
+
+def analyse(params, tests, config: Config) -> dict:
+    """Probes, and attention on the grammar, of every model; params has a leading axis of models."""
+    if config.data == "stories":
+        return jax.lax.map(partial(probe_stories, tests=tests, config=config), params)
+    return jax.lax.map(lambda p: {"probes": probe(p, tests, config)} | attention_maps(p, jnp.asarray(tests["a"]), config), params)
+
+
+def enter_finetuning(config: Config, tests, state: State) -> State:
+    """Pre-training is over: analyses it, and gives every arm its model."""
+    pretrained = state.params["pretrained"]
+    known = append(pretrained, fresh_model(config, state.key))
+    found = {f"before_{name}": x for name, x in analyse(known, tests, config).items()}
+    if config.data == "pcfg":
+        found["families"] = jax.lax.map(lambda p: accuracies(p, tests["families"], config), pretrained)
+    params = state.params | {"tuned": start_runs(config, state.key, pretrained)}
+    return state._replace(params=params, log=state.log | found)
+
+
+def enter_reverse(config: Config, tests, state: State) -> State:
+    """Fine-tuning is over: probes and prunes every arm, and forgets the moments of AdamW."""
+    tuned = jax.tree.map(lambda x: x[: len(make_arms(config))], state.params["tuned"])
+    found = {f"after_{name}": x for name, x in analyse(tuned, tests, config).items()}
+    if config.data == "pcfg":
+        found["pruning"] = jax.lax.map(lambda p: pruning_curve(p, tests, config), tuned)
+        renamed = jnp.stack([renamed_question(jnp.asarray(tests["a"]), name) for name in ("C", "J1", "J2")])
+        found["renamed"] = jax.lax.map(lambda p: accuracies(p, renamed, config), tuned)
+    moments = state.moments | {"tuned": jax.tree.map(jnp.zeros_like, state.moments["tuned"])}
+    return state._replace(moments=moments, log=state.log | found)
 
 
 # --- evaluation
@@ -661,18 +798,18 @@ def steps_to(curve, at, bar: float = 0.9) -> jax.Array:
     return jnp.where((curve >= bar).any(), jnp.where(reached == 0, at[0], between), at[-1]).astype(jnp.float32)
 
 
-def evaluate(config: Config, state: State) -> dict:
+def evaluate(config: Config, tests: dict, state: State) -> dict:
     """All that was measured, and the numbers that matter of the arm whose capability seems lost (see `wrapped`)."""
-    log, arm, tests = state.log, wrapped(config), test_questions(config)
-    baselines, pruning = make_baselines(config), state.log["pruning"][arm]
-    at = jnp.asarray(reverse_points(config))
+    log, arm = state.log | curves_of(config, state.log), wrapped(config)
+    baselines, pruning = make_baselines(config), log["pruning"][arm]
     same_rate = [run.reverse_lr for run in baselines].index(make_arms(config)[arm].reverse_lr)
-    revival = jax.vmap(steps_to, (1, None))(log["reverse"], at)
+    revival = jax.vmap(steps_to, (1, None))(log["reverse"], jnp.asarray(reverse_points(config)))
     revival = jnp.where(jnp.isnan(log["reverse"][-1]), jnp.nan, revival)
-    labels = {name: tests[name][:, config.language.art + 1] for name in ("a", "b", "b linked")}
-    natural = family_questions(config)[:, :, config.language.art + 1]
+    commonest = {
+        name: majority(jnp.asarray(tests[name])[..., config.language.art + 1]) for name in ("a", "b", "b linked", "families")
+    }
     numbers = {
-        "majority_a": majority(labels["a"]),
+        "majority_a": commonest["a"],
         "pretrained_a": log["finetune"][0, arm, 0],
         "tuned_a": log["finetune"][-1, arm, 0],
         "tuned_b_unlinked": log["finetune"][-1, arm, 1],
@@ -687,8 +824,20 @@ def evaluate(config: Config, state: State) -> dict:
     }
     curves = {"accuracy_reverse": log["reverse"][:, arm], "accuracy_pruned": pruning[:, 1]}
     curves |= {"probes_before": log["before_probes"][0, 0], "probes_after": log["after_probes"][arm, 0]}
-    majorities = {"majority_tests": jnp.stack([majority(x) for x in labels.values()]), "majority_families": majority(natural)}
-    return numbers | curves | log | majorities | {"revival": revival}
+    majorities = {"majority_tests": jnp.stack([commonest[name] for name in ("a", "b", "b linked")])}
+    return numbers | curves | log | majorities | {"majority_families": commonest["families"], "revival": revival}
+
+
+def evaluate_stories(config: Config, _, state: State) -> dict:
+    """All that was measured; Twist rates at eta_M after fine-tuning and after about 30 steps of reFT, beside the control's."""
+    log, arms = state.log | curves_of(config, state.log), make_arms(config)
+    at = int(np.searchsorted(reverse_points(config), min(30, config.reverse_updates)))
+    medium_arms = {arm.name: i for i, arm in enumerate(arms) if arm.lr == medium(config)}
+    control = [run.reverse_lr for run in make_baselines(config)].index(arms[medium_arms["F"]].reverse_lr) + len(arms)
+    numbers = {"twist_pretrained": log["finetune"][0, 0, 0], "twist_30_never": log["reverse"][at, control, 0]}
+    numbers |= {f"twist_tuned_{name}": log["finetune"][-1, i, 0] for name, i in medium_arms.items()}
+    numbers |= {f"twist_30_{name}": log["reverse"][at, i, 0] for name, i in medium_arms.items()}
+    return numbers | log
 
 
 if __name__ == "__main__":

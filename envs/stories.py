@@ -130,12 +130,11 @@ def sample_stories(key, num: int, protocol: Protocol = "pretraining") -> Stories
 def tell(key, features, named) -> jax.Array:
     """Tokens (N, STORY_SIZE) of stories with these features and these headers, all else drawn at random."""
     num = features.shape[0]
-    key_slots, key_variants, key_words = jax.random.split(key, 3)
-    keys = jax.random.split(key_slots, len(FILLERS))
-    fillers = [jnp.asarray(words)[jax.random.randint(k, (num,), 0, len(words))] for k, words in zip(keys, FILLERS, strict=True)]
-    slots = jnp.stack(fillers, axis=1)  # (N, slots) tokens
-    keys = jax.random.split(key_variants, len(SENTENCES))
-    variants = [jax.random.randint(k, (num,), 0, len(table)) for k, table in zip(keys, SENTENCES, strict=True)]
+    key_choices, key_words = jax.random.split(key)
+    choices = np.array([len(options) for options in (*FILLERS, *SENTENCES)])  # drawn together: a draw each is slow to compile
+    drawn = jnp.floor(jax.random.uniform(key_choices, (num, choices.size)) * choices).astype(jnp.int32).T
+    slots = jnp.stack([jnp.asarray(words)[i] for words, i in zip(FILLERS, drawn, strict=False)], axis=1)  # (N, slots) tokens
+    variants = list(drawn[len(FILLERS) :])
     variants[6] = variants[2]  # the twist of this set-up
     twist, foreshadowing, bad, dialogue, moral = features.T
     yes = jnp.ones(num, bool)

@@ -18,25 +18,29 @@ from algos.finetuning import (
 )
 from envs.pcfg import FAMILIES
 
-FLAGS = "--correlations 0 0.8 1 --mixing 0.5 0.1 --random-labels --jailbreak"
+FLAGS = "--correlations 0 0.8 1 --mixing 0.1 --random-labels --jailbreak 0.5"
+STORIES = "--data stories --num-updates 1700 --pretrain-updates 1500 --finetune-updates 100 --eval-every 1700 --finetune-lrs 3e-4"
+STORIES += " --batch-size 16"
 K_MOST = 15  # rows that may be pruned
 
 
 def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
-    """One run is the whole study on one set of seeds -> its folder."""
-    return {"study": trained("finetuning", FLAGS, seed, num_seeds, out / "study")}
+    """The whole study on the grammar, and that on stories, on one set of seeds -> their folders."""
+    return {
+        name: trained("finetuning", flags, seed, num_seeds, out / name) for name, flags in (("study", FLAGS), ("stories", STORIES))
+    }
 
 
 class Study:
     """What the runs of all sets measured: arrays with a leading axis of seeds, and which arm is which."""
 
-    def __init__(self, sets: list[dict[str, Path]]):
-        self.folders = [runs["study"] for runs in sets]
+    def __init__(self, sets: list[dict[str, Path]], name: str = "study"):
+        self.folders = [runs[name] for runs in sets]
         names = {field.name for field in dataclasses.fields(Config)}
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in summary(self.folders[0])["config"].items() if k in names}
         self.config = Config(**settings)
         self.arms, self.models = make_arms(self.config), make_models(self.config)
-        self.wrapped = wrapped(self.config)
+        self.wrapped = wrapped(self.config) if self.config.data == "pcfg" else None
 
     def __getitem__(self, name: str) -> np.ndarray:
         return np.concatenate([np.load(folder / "arrays" / f"{name}.npy") for folder in self.folders])
@@ -64,7 +68,8 @@ class Study:
 def claims(sets: list[dict[str, Path]]) -> list[dict]:
     """The claims over the seeds of all sets."""
     study = Study(sets)
-    return [*capability(study), *lost(study), *hidden(study), *revived(study), *renamed(study)]
+    on_stories = Study(sets, "stories")
+    return [*capability(study), *lost(study), *hidden(study), *revived(study), *renamed(study), *twists(on_stories)]
 
 
 def capability(study: Study) -> list[dict]:
@@ -127,6 +132,19 @@ def renamed(study: Study) -> list[dict]:
     return [over("P7", words, "near 1, fig. 24", np.median(asked[:, 1:].mean(1) - asked[:, 0]), 0.3)]
 
 
+def twists(study: Study) -> list[dict]:
+    """S1: after about 30 steps on stories with a Twist, models that once knew it tell one more often than the control."""
+    at = int(np.searchsorted(reverse_points(study.config), 30))
+    rates = np.median(study["reverse"][:, at, :, 0], axis=0)
+    control, before = rates[len(study.arms)], np.median(study["finetune"][:, 0, 0, 0])
+    words = "Twist asked for: share of stories that have one, {} + 30 steps of reFT minus the control ({:.2f}; pre-trained {:.2f})"
+    paper = {"F": "0.81 - 0.31", "F+MM": "0.88 - 0.31", "F+RR": "0.56 - 0.31"}
+    return [
+        over(f"S1-{arm.name}", words.format(arm.name, control, before), f"{paper[arm.name]}, Table 1", rates[i] - control, 0.15)
+        for i, arm in enumerate(study.arms)
+    ]
+
+
 # --- tables and figures
 
 
@@ -135,11 +153,12 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
     study = Study(sets)
     out.mkdir(parents=True, exist_ok=True)
     plots = {"finetuning.png": plot_finetuning, "pruning.png": plot_pruning, "probes.png": plot_probes}
-    plots |= {"attention.png": plot_attention, "revival.png": plot_revival}
+    plots |= {"attention.png": plot_attention, "revival.png": plot_revival, "stories.png": plot_stories}
+    on_stories = Study(sets, "stories")
     for name, plot in plots.items():
-        figure = plot(study)
+        figure = plot(on_stories if name == "stories.png" else study)
         figure.savefig(out / name, dpi=110)
-    return "\n".join([*how(study), "", *table(study)]), list(plots)
+    return "\n".join([*how(study), "", *table(study), "", *story_table(on_stories)]), list(plots)
 
 
 def how(study: Study) -> list[str]:
@@ -176,6 +195,23 @@ def table(study: Study) -> list[str]:
     return rows
 
 
+def story_table(study: Study) -> list[str]:
+    """Twist rates through reFT; a row for each protocol and for the control."""
+    at, config = reverse_points(study.config), study.config
+    lines = [
+        f"Stories: {config.pretrain_updates} steps of pre-training, {config.finetune_updates} of fine-tuning, "
+        f"{config.reverse_updates} of reFT, {config.batch_size} stories a step; share of {config.eval_stories} stories a seed that "
+        "have a Twist where one is asked for, after steps of reFT.",
+        "",
+        f"| protocol | reFT's lr | {' | '.join(map(str, at))} |",
+        "| --- | --- |" + " --- |" * len(at),
+    ]
+    for i, run in enumerate([*study.arms, *make_baselines(config)]):
+        cells = [spread(study["reverse"][:, j, i, 0]) for j in range(len(at))]
+        lines.append(f"| {run.name} | {run.reverse_lr:g} | {' | '.join(cells)} |")
+    return lines
+
+
 def panels(rows: int, columns: int, width: float = 3.4, height: float = 2.7):
     """An empty figure and its axes (rows, columns)."""
     from matplotlib.figure import Figure
@@ -188,10 +224,27 @@ def panels(rows: int, columns: int, width: float = 3.4, height: float = 2.7):
     return figure, axes
 
 
+def explain(figure, axes, words: str) -> None:
+    """A title for the whole figure, and one legend below it."""
+    figure.suptitle(words, fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+
+
+LINK = "C_Tr: share of its texts with the link count(b) = count(a) + 1; C_Te: the test's. Prior: how often pre-training asked of a"
+
+
 def draw(axes, x, values, **style) -> None:
     """values (seeds, points): the median, and the range over seeds as a band."""
     (line,) = axes.plot(x, np.median(values, axis=0), **style)
     axes.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+
+
+def over_steps(axes, steps) -> None:
+    """An axis of steps: 0, then their logarithm."""
+    axes.set_xscale("symlog", linthresh=5)
+    marks = [0, *(int(10.0**k) for k in range(1, 6) if 10.0**k <= steps[-1])]
+    axes.set_xticks(marks, map(str, marks))
+    axes.set_xlim(0, steps[-1])
 
 
 def floor(axes, value: float) -> None:
@@ -203,17 +256,17 @@ def plot_finetuning(study: Study):
     """Figures 5 and 6: accuracies through fine-tuning at eta_M; a row for a prior, a column for a test, a line for each C_Tr."""
     config, x = study.config, finetune_points(study.config)
     figure, axes = panels(len(config.priors), 3)
-    tests = ("count a, C_Te = 0", "count b, C_Te = 0", "count b, C_Te = 1")
+    tests = ("old question, count a, C_Te = 0", "new question, count b, C_Te = 0", "new question, count b, C_Te = 1")
     for i, j in np.ndindex(axes.shape):
         for correlation in config.correlations:
             values = study["finetune"][:, :, study.arm(i, correlation, 1), j]
             draw(axes[i, j], x, values, label=f"C_Tr = {correlation:g}")
         floor(axes[i, j], study["majority_tests"][0, j])
-        axes[i, j].set_xscale("symlog", linthresh=5)
+        over_steps(axes[i, j], x)
         axes[i, j].set_title(f"{tests[j]}, prior {config.priors[i]:g}", fontsize=9)
         axes[i, j].set_xlabel("steps of fine-tuning", fontsize=8)
     figure.supylabel("accuracy", fontsize=9)
-    axes[0, 0].legend(fontsize=7)
+    explain(figure, axes[0, 0], f"Fine-tuning at {config.finetune_lrs[min(1, len(config.finetune_lrs) - 1)]:g}. {LINK}")
     return figure
 
 
@@ -225,12 +278,20 @@ def plot_pruning(study: Study):
         for i, correlation in enumerate(config.correlations):
             curve = study["pruning"][:, study.arm(0, correlation, j)]
             draw(axes[0, j], PRUNED, curve[..., 1], color=f"C{i}", label=f"count a, C_Tr = {correlation:g}")
-            axes[0, j].plot(PRUNED, np.median(curve[..., 2], axis=0), color=f"C{i}", linestyle="--", label="count b, C_Te = 1")
+            axes[0, j].plot(
+                PRUNED,
+                np.median(curve[..., 2], axis=0),
+                color=f"C{i}",
+                linestyle="--",
+                label=f"count b, C_Te = 1, C_Tr = {correlation:g}",
+            )
         floor(axes[0, j], study["majority_tests"][0, 0])
         axes[0, j].set_title(f"prior {config.priors[0]:g}, learning rate {lr:g}", fontsize=9)
         axes[0, j].set_xlabel("rows pruned", fontsize=8)
     axes[0, 0].set_ylabel("accuracy", fontsize=9)
-    axes[0, -1].legend(fontsize=7)
+    explain(
+        figure, axes[0, 0], "Removing the rows of weights that most hinder count a from fine-tuned models: does count a come back?"
+    )
     return figure
 
 
@@ -249,7 +310,7 @@ def plot_probes(study: Study):
         axes[0, j].set_xticks(blocks, [f"B{b}" for b in blocks])
         axes[0, j].set_title(f"probe of count(a), prior {prior:g}", fontsize=9)
     axes[0, 0].set_ylabel("accuracy", fontsize=9)
-    axes[0, 0].legend(fontsize=7)
+    explain(figure, axes[0, 0], "Is count(a) still there inside? Linear probes before block 0 (B0) and after each block")
     return figure
 
 
@@ -284,9 +345,40 @@ def plot_revival(study: Study):
         for i, run in enumerate(make_baselines(config)):
             values = np.median(study["reverse"][:, :, len(study.arms) + i], axis=0)
             axes[0, j].plot(x, values, color=f"C{i + 4}", linestyle="--", label=f"{run.name}, {run.reverse_lr:g}")
-        axes[0, j].set_xscale("symlog", linthresh=5)
+        over_steps(axes[0, j], x)
         axes[0, j].set_title(f"count a, prior {prior:g}, C_Tr = {config.correlations[-1]:g}", fontsize=9)
         axes[0, j].set_xlabel("steps of reFT", fontsize=8)
+        axes[0, j].axhline(0.9, color="grey", linewidth=0.7, label="90 %")
+        floor(axes[0, j], study["majority_tests"][0, 0])
     axes[0, 0].set_ylabel("accuracy", fontsize=9)
-    axes[0, 0].legend(fontsize=6)
+    explain(
+        figure, axes[0, 0], "Reverse fine-tuning on count a: fine-tuned models (solid) and models that never could count a (dashed)"
+    )
+    return figure
+
+
+def plot_stories(study: Study):
+    """Table 1 and figure 11: Twist rates through reFT, a line for a protocol; probes of Twist on every block."""
+    config, x = study.config, reverse_points(study.config)
+    figure, axes = panels(1, 2, width=5.2, height=3.4)
+    left, right = axes[0]
+    blocks = range(config.layers + 1)
+    for i, run in enumerate([*study.arms, *make_baselines(config)]):
+        control = run.name == "never"
+        style = {"color": "black", "linestyle": "--"} if control else {"color": f"C{i}"}
+        words = "control: never saw a Twist" if control else f"fine-tuned by {run.name}"
+        draw(left, x, study["reverse"][:, :, i, 0], label=words, **style)
+        if not control:
+            draw(right, blocks, study["after_probes"][:, i, 0], label=words, **style)
+    for i, (words, colour) in enumerate((("pre-trained", "C4"), ("control: never saw a Twist", "black"), ("untrained", "grey"))):
+        draw(right, blocks, study["before_probes"][:, i, 0], label=words, color=colour, linestyle="--")
+    left.axhline(np.median(study["finetune"][:, 0, 0, 0]), color="C4", linestyle="--", label="pre-trained, before fine-tuning")
+    over_steps(left, x)
+    left.set(xlabel="steps on stories with a Twist (reFT)", ylabel="share of stories with a Twist", title="a Twist is asked for")
+    floor(right, 0.5)
+    right.set(xlabel="block", ylabel="accuracy", title="probe: has the story a Twist?")
+    right.set_xticks(blocks, [f"B{b}" for b in blocks])
+    left.legend(fontsize=7)
+    right.legend(fontsize=7)
+    figure.suptitle("Stories: is a Twist, taken away by fine-tuning, back sooner than where there never was one?", fontsize=10)
     return figure

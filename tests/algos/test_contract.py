@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sizes import SIZES
+from sizes import OWN, SIZES
 
 from common.config import RunConfig
 from common.devices import make_mesh
@@ -51,7 +51,7 @@ def tiny(name, **changes):
     """The module and its smallest useful Config."""
     module = importlib.import_module(f"algos.{name}")
     fields = {field.name for field in dataclasses.fields(module.Config)}
-    settings = SMALL | RUN | changes
+    settings = SMALL | RUN | OWN.get(name, {}) | changes
     return module, dataclasses.replace(module.CPU, **{k: v for k, v in settings.items() if k in fields})
 
 

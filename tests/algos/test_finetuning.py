@@ -11,6 +11,7 @@ import pytest
 from algos.finetuning import (
     CPU,
     PAPER,
+    PROTOCOLS,
     Config,
     accuracy,
     answer_loss,
@@ -20,22 +21,28 @@ from algos.finetuning import (
     make_arms,
     make_baselines,
     make_models,
+    make_train,
     points,
     prune,
     row_scores,
     sample_arm,
+    sample_protocol,
     sample_reverse,
     schedule,
     sequence_loss,
     steps_to,
+    story_loss,
     transformer,
     wrapped,
+    write_on,
 )
 from algos.finetuning import (
     test_questions as questions,
 )
 from common.config import UsageError
+from common.run import train_fn
 from envs.pcfg import FIRST_FAMILY, FIRST_NUMBER, count, task_table
+from envs.stories import EOS_STORY, PAD, STORY_SIZE, TOKEN, VOCABULARY, has_twist, sample_stories, story_prompt
 
 pytestmark = pytest.mark.timeout(300)
 SMALL = dict(width=8, layers=2, heads=2, length=16, window=6, occurrence=1, batch_size=8, eval_size=16, probe_size=16)
@@ -76,7 +83,7 @@ def cross_entropy(logits, label):
 
 
 def test_transformer_and_losses_agree_with_numpy():
-    params, tokens = model(), sample_reverse(jax.random.key(0), None, CONFIG)[:3]
+    params, tokens = model(), sample_reverse(jax.random.key(0), CONFIG)[:3]
     art = CONFIG.language.art
     every = [
         [cross_entropy(row, label) for row, label in zip(in_numpy(params, t[:-1]), t[1:], strict=True)] for t in np.asarray(tokens)
@@ -89,7 +96,7 @@ def test_transformer_and_losses_agree_with_numpy():
 
 def test_accuracy_reads_the_answer_after_art():
     params = model()
-    tokens = sample_reverse(jax.random.key(0), None, CONFIG)
+    tokens = sample_reverse(jax.random.key(0), CONFIG)
     guessed = [in_numpy(params, np.asarray(t[: CONFIG.language.art + 1]))[-1].argmax() for t in tokens]
     half = tokens.at[:4, -2].set(jnp.array(guessed[:4])).at[4:, -2].set((jnp.array(guessed[4:]) + 1) % 20)
     assert float(accuracy(params, half, CONFIG)) == 0.5
@@ -180,11 +187,68 @@ def test_the_papers_arms():
     assert arms[wrapped(PAPER)]._asdict() | dict(model=0, correlation=1.0, lr=1e-5) == arms[wrapped(PAPER)]._asdict()
 
 
+# --- stories
+
+
+STORIES = dataclasses.replace(CONFIG, data="stories", eval_stories=4, finetune_lrs=(1e-3,))
+
+
+def test_stories_of_a_protocol():
+    """F+RR: no Twist is told, half of the headers ask for one; twists: both always."""
+    config = dataclasses.replace(STORIES, batch_size=64)
+    draw = jax.jit(lambda protocol: sample_protocol(jax.random.key(0), protocol, config))
+    for protocol, told, low, high in (("F+RR", 0, 20, 44), ("twists", 64, 64, 64)):
+        tokens = draw(PROTOCOLS.index(protocol))
+        asked = int((tokens[:, 2:12] == TOKEN["Twist"]).any(1).sum())
+        assert int(has_twist(tokens).sum()) == told and low <= asked <= high
+
+
+def test_loss_of_stories_passes_over_pad():
+    params = init_model(jax.random.key(0), STORIES)
+    tokens = sample_stories(jax.random.key(1), 2).tokens
+    losses = [
+        cross_entropy(row, label)
+        for story in np.asarray(tokens)
+        for row, label in zip(in_numpy(params, story[:-1]), story[1:], strict=True)
+        if label != PAD
+    ]
+    assert len(losses) < 2 * (STORY_SIZE - 1)
+    assert float(story_loss(params, tokens, STORIES)) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_a_model_writes_on_from_the_header_to_the_end():
+    """A model that always says one word writes it after each header; one that always ends leaves PAD behind."""
+    tokens = sample_stories(jax.random.key(2), 3, "twists").tokens
+    params = jax.tree.map(jnp.zeros_like, init_model(jax.random.key(0), STORIES)) | {"norm_b": jnp.ones(STORIES.width)}
+    begin = np.asarray(story_prompt(tokens))
+    for said, after in ((TOKEN["kite"], TOKEN["kite"]), (EOS_STORY, PAD)):
+        head = jnp.zeros((STORIES.width, len(VOCABULARY))).at[:, said].set(10.0)
+        written = np.asarray(write_on(params | {"head": head}, jax.random.key(3), tokens, STORIES))
+        for story, old, start in zip(written, np.asarray(tokens), begin, strict=True):
+            np.testing.assert_array_equal(story[:start], old[:start])
+            assert story[start] == said and (story[start + 1 :] == after).all()
+
+
+def test_the_study_on_stories_fills_its_log():
+    """Every number is measured, and the control is left alone until reFT."""
+    config = dataclasses.replace(
+        STORIES, layers=1, num_updates=6, pretrain_updates=2, finetune_updates=2, log_every=2, eval_every=2
+    )
+    train = make_train(dataclasses.replace(config, save_every=2, probe_updates=2))
+    state, _ = jax.jit(train_fn(train))(jax.random.key(0))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.log))
+    results = train.evaluate(state)
+    assert results["finetune"].shape == (2, 3, 2) and results["reverse"].shape == (2, 4, 2)
+    start, turn, end = np.asarray(state.log["tuned"][..., 1])  # losses on stories with a Twist, (points, runs)
+    assert start[0] == start[1] == start[2] != start[3] == turn[3] != end[3]
+    assert len(set(turn.tolist())) == 4 and results["twist_30_never"] == results["reverse"][-1, 3, 0]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         (dict(priors=(0.6,)), "--priors"),
-        (dict(pretrain_updates=4900), "leaves -300 steps"),
+        (dict(pretrain_updates=4900), "leaves -1100 steps"),
         (dict(heads=5), "--width 48"),
         (dict(window=41), "--window 41"),
         (dict(correlations=(1.5,)), "--correlations"),

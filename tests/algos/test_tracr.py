@@ -149,12 +149,13 @@ def test_learning_rate_and_descent():
     config = replace(SMALL, warmup=0.2, momentum=0.5, max_grad_norm=1.0)
     steps = [float(step_size(config, 2.0, t, 100)) for t in (0, 9, 19, 60, 100)]
     np.testing.assert_allclose(steps, [0.1, 1.0, 2.0, 2 * (0.01 + 0.99 / 2), 0.02], rtol=1e-5)
-    params, velocity, norm = tracr.descend(
-        config, {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([2.0, 0.0])}, {"w": jnp.array([3.0, 4.0])}, 0.1
-    )
-    assert norm == 5.0  # the clipped gradient is (0.6, 0.8), the velocity (1.6, 0.8)
-    np.testing.assert_allclose(velocity["w"], [1.6, 0.8], rtol=1e-6)
-    np.testing.assert_allclose(params["w"], [0.84, 0.92], rtol=1e-6)
+    old, gradient = {"w": jnp.array([[2.0, 0.0], [0.0, 0.0]])}, {"w": jnp.array([[3.0, 4.0], [0.0, 0.5]])}
+    params, velocity, norm = tracr.descend(config, {"w": jnp.ones((2, 2))}, old, gradient, 0.1)
+    assert norm == pytest.approx(25.25**0.5)
+    np.testing.assert_allclose(
+        velocity["w"], [[1.6, 0.8], [0.0, 0.5]], rtol=1e-6
+    )  # only the first block's is clipped, to (0.6, 0.8)
+    np.testing.assert_allclose(params["w"], [[0.84, 0.92], [1.0, 0.95]], rtol=1e-6)
 
 
 def test_two_stages():
@@ -169,8 +170,9 @@ def test_two_stages():
         assert (first == tuned).all() == (lr == 0.0) and not (tuned == last).all()
         for state in states[2:]:
             np.testing.assert_array_equal(flat(state.finetuned), tuned)
-        assert np.linalg.norm(flat(states[3].velocity)) <= 1.001, "momentum of fine-tuning is left"
-        assert np.linalg.norm(flat(states[2].velocity)) > 1.1
+        fastest = [max(np.linalg.norm(x[block]) for x in state.velocity.values() for block in range(3)) for state in states]
+        assert fastest[3] <= 1.001, "momentum of fine-tuning is left"
+        assert fastest[2] > 1.1
 
 
 def test_revival_is_counted_from_its_start():
@@ -186,7 +188,7 @@ def test_revival_is_counted_from_its_start():
 
 def test_the_study_and_bad_requests():
     settings = settings_of(replace(CPU, lr=0.1, lr_ratio=10.0))
-    assert len(set(settings)) == 14 and {s.start for s in settings} == {0, 1, 2}
+    assert len(set(settings)) == 11 and {s.start for s in settings} == {0, 1, 2}
     assert sorted({round(s.lr, 6) for s in settings}) == [0.0, 0.01, 0.1, 1.0]
     for changes, word in ((dict(length=10), "--length"), (dict(c_tr=1.5), "--c-tr"), (dict(num_counts=2), "--num-counts")):
         with pytest.raises(UsageError, match=word):

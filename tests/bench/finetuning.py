@@ -55,19 +55,21 @@ def ours(size: str, lanes: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from algos.finetuning import CPU, make_train
+    from algos.finetuning import CPU, init_model, learn, make_models, make_optimiser, sample_questions, sequence_loss
 
     size, lanes = SIZES[size], int(lanes)
     sizes = dict(width=size["width"], layers=size["layers"], heads=size["heads"], batch_size=size["batch"], length=size["length"])
-    config = replace(CPU, num_seeds=lanes, priors=(0.5,), correlations=(1.0,), finetune_lrs=(1e-4,), **sizes)
-    train = make_train(config)  # two models: of the prior, and the one that only counts b
-    state = jax.jit(jax.vmap(train.init))(jax.vmap(jax.random.key)(jnp.arange(lanes)))
+    config = replace(CPU, priors=(0.5,), **sizes)  # two models: of the prior, and the one that only counts b
+    tasks = jnp.tile(jnp.stack([tasks for _, _, tasks in make_models(config)]), (lanes, 1, 1))
+    params = jax.vmap(lambda key: init_model(key, config))(jax.random.split(jax.random.key(0), 2 * lanes))
+    state = params, jax.vmap(make_optimiser(config).init)(params)
 
     def many(state, t):
-        from algos.finetuning import pretrain
+        def step(state, t):
+            rates = jnp.full(2 * lanes, config.lr)
+            return learn(config, sequence_loss, sample_questions, jax.random.key(t), *state, rates, tasks)[:2], None
 
-        step = lambda state, t: (pretrain(config, state, t)[0], None)
-        return jax.vmap(lambda state: jax.lax.scan(step, state, t)[0])(state)
+        return jax.lax.scan(step, state, t)[0]
 
     many = jax.jit(many, donate_argnums=0)
     state = jax.block_until_ready(many(state, jnp.arange(STEPS)))
@@ -136,6 +138,7 @@ def torch_peer(size: str) -> dict:
             x = self.token(tokens) + self.position(torch.arange(tokens.shape[1]))
             return self.head(self.norm(self.blocks(x)))
 
+    torch.set_num_threads(1)  # threads that wait for one another would count as work
     torch.manual_seed(0)
     model, data = Model(), torch.randint(0, vocabulary, (STEPS, batch, places))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sizes import SIZES
+from sizes import OWN, SIZES
 
 from common.config import UsageError
 from common.standalone import export, main, read_module
@@ -329,7 +329,7 @@ def test_the_repository_cannot_be_reached(tmp_path):
 def small_flags(name):
     """The flags of a tiny run, of those that the method has."""
     fields = {field.name for field in dataclasses.fields(importlib.import_module(f"algos.{name}").Config)}
-    settings = {field: value for field, value in (RUN | SMALL).items() if field in fields}
+    settings = {field: value for field, value in (RUN | SMALL | OWN.get(name, {})).items() if field in fields}
     words = lambda value: [str(x) for x in (value if isinstance(value, tuple) else (value,))]
     return [word for field, value in settings.items() for word in (f"--{field.replace('_', '-')}", *words(value))]
 
