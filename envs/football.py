@@ -32,66 +32,59 @@ import numpy as np
 
 from common.config import require
 from common.env import Environment
+from envs.football_state import (
+    BOX_LENGTH,
+    BOX_WIDTH,
+    CORNER,
+    DISTANCE,
+    DRIBBLE,
+    DT,
+    FAR,
+    FORMATION,
+    FREE_KICK,
+    GOAL_HEIGHT,
+    GOAL_KICK,
+    GOAL_WIDTH,
+    HALF_LENGTH,
+    HALF_WIDTH,
+    HIGH,
+    KEEPER,
+    KICK_OFF,
+    LEVEL_SIZE,
+    LONG,
+    NORMAL,
+    NUM_ACTIONS,
+    PENALTY,
+    SCALE_X,
+    SCALE_Y,
+    SHORT,
+    SHOT,
+    SIDE,
+    SLIDE,
+    SPRINT,
+    STOP,
+    STOP_DRIBBLE,
+    STOP_SPRINT,
+    TEAM_VIEW,
+    THROW_IN,
+    FootballState,
+    length,
+    like,
+    own_view,
+    picture,
+    simple115,
+    team_view,
+)  # fmt: skip
 
-SCALE_X, SCALE_Y = 54.4, 83.6  # metres for one unit of a level
-HALF_LENGTH, HALF_WIDTH = 55.0, 36.0
-GOAL_WIDTH, GOAL_HEIGHT = 3.7, 2.5  # half the width
-BOX_LENGTH, BOX_WIDTH = 16.5, 20.15  # of the penalty area; half the width
-NUM_ACTIONS, LEVEL_SIZE = 19, 42
-LONG, HIGH, SHORT, SHOT, SPRINT, STOP, STOP_SPRINT, SLIDE, DRIBBLE, STOP_DRIBBLE = range(9, 19)
-NORMAL, KICK_OFF, GOAL_KICK, FREE_KICK, CORNER, THROW_IN, PENALTY = range(7)
-
-DT = 0.1
 WALK, RUN, SLOW = 5.0, 7.82, 3.5  # m/s without the ball: walking, sprinting, dribbling
 WALK_BALL, RUN_BALL, SLOW_BALL = 5.1, 7.1, 4.2
 PUSH_OFF, APPROACH = 1.2, 0.2  # the most a velocity changes in a step, m/s; or the share of what it lacks, where that is less
 REACH, KEEPER_REACH, HEAD, HANDS = 0.9, 1.8, 1.9, 2.6  # metres around a player, and above the ground
 DRAG, ROLLING, GRAVITY, BOUNCE, RADIUS = 0.016, 1.6, 9.81, 0.62, 0.11
-DISTANCE = 9.15  # opponents' at a restart
 FREE_AFTER, FORCED_AFTER = 5, 30  # steps until a restart may be taken, and is
 KEEPER_HOLDS = 10  # steps until a keeper kicks what he has caught
-FAR = 1e6
-SIDE = np.float32([[1], [-1]])  # (2, 1): where each team attacks
-KEEPER = np.arange(11)[None] == 0  # (1, 11)
 ORDER = np.arange(22, dtype=np.int32).reshape(2, 11)
-# the left team at its own kick-off, and at the other's, in units of a level; the first few make a good small team
-FORMATION = [(-0.98, 0), (-0.02, 0), (-0.42, 0.05), (-0.2, -0.05), (-0.15, 0.28), (-0.15, -0.28), (-0.42, -0.1), (-0.36, 0.22),
-             (-0.36, -0.25), (-0.24, 0.1), (-0.05, 0.1)]  # fmt: skip
-FORMATION = np.float32(FORMATION)
 RINGS = np.linspace(0.99, 0.19, 10, dtype=np.float32)  # the checkpoints' distances from the goal, in units of a level
-
-
-class FootballState(NamedTuple):
-    """Axes of matches come last. Team 0 plays towards +x."""
-
-    x: jax.Array  # (2, 11) metres; a team's keeper is its first
-    y: jax.Array
-    vx: jax.Array  # (2, 11) m/s
-    vy: jax.Array
-    facing_x: jax.Array  # (2, 11) a unit vector
-    facing_y: jax.Array
-    stick_x: jax.Array  # (2, 11) the direction last chosen, a unit vector or 0
-    stick_y: jax.Array
-    sprint: jax.Array  # (2, 11) bool
-    dribble: jax.Array  # (2, 11) bool
-    stun: jax.Array  # (2, 11) int32: steps until he is on his feet again
-    lock: jax.Array  # (2, 11) int32: steps until he may touch the ball again
-    fatigue: jax.Array  # (2, 11) in [0, 1]
-    offside: jax.Array  # (2, 11) bool: was in an offside position when a team-mate played the ball
-    yellow: jax.Array  # (2, 11) bool
-    active: jax.Array  # (2, 11) bool
-    owner: jax.Array  # (2, 11) bool: who has the ball, at most one
-    last: jax.Array  # (2, 11) bool: who touched it last, at most one
-    ball: jax.Array  # (6,): x, y, z in metres, then m/s
-    kick: jax.Array  # () int32: the owner's action 9-12 under way, or 0
-    kick_wait: jax.Array  # () int32: steps until the ball leaves
-    kick_stick: jax.Array  # (2,): the direction held when it was chosen
-    passing: jax.Array  # () bool: the ball is on its way by a pass
-    mode: jax.Array  # () int32: NORMAL ... PENALTY
-    wait: jax.Array  # () int32: steps since the restart was given, or since the keeper caught the ball
-    score: jax.Array  # (2,) int32
-    rings: jax.Array  # (2,) int32: checkpoints passed
-    time: jax.Array  # () int32
 
 
 class FootballParams(NamedTuple):
@@ -201,8 +194,8 @@ class Football(Environment):
     def step_env(self, key, state: FootballState, actions, params: FootballParams):
         """actions (20, ...) -> obs, state, reward (20, ...), terminated, info.
 
-        info, each with an axis of teams (2, ...): `goal`, `owned` (has the ball), `completed` (a pass arrived), `lost` (the ball went
-        to the other team), `restart` (was given one).
+        info, each by team (2, ...) bool: `goal`; `owned`, it has the ball; `passed`, a pass leaves; `completed`, one arrived;
+        `lost`, the ball went to the other team; `shot`; `restart`, it was given one.
         """
         state, info = advance(state, actions, draw(key, state.time.shape), params, self.offsides)
         goal = info["goal"].astype(jnp.float32)
@@ -253,12 +246,6 @@ LEVEL_BOUNDS = np.tile(np.float32([1.0, 0.42]), 21)
 # --- small things
 
 
-def like(values, array) -> np.ndarray:
-    """`values` with axes of matches, so that it goes with `array`."""
-    values = np.asarray(values)
-    return values.reshape(*values.shape, *[1] * (array.ndim - values.ndim))
-
-
 def pick(hot, values) -> jax.Array:
     """The value (2, 11, ...) of the one that is set in `hot` (bool), 0 where nobody is."""
     return jnp.where(hot, values, 0).sum((0, 1))
@@ -292,10 +279,6 @@ def draw(key, batch) -> Chance:
 def gauss(u) -> jax.Array:
     """Four numbers in [0, 1), (4, ...), to one that is nearly normal."""
     return (u.sum(0) - 2.0) * 3**0.5
-
-
-def length(x, y) -> jax.Array:
-    return jnp.sqrt(x * x + y * y + 1e-12)
 
 
 # --- a step
@@ -357,8 +340,11 @@ def steer(state: FootballState, actions):
 
 
 def keeper_runs(state: FootballState):
-    """The velocity that each keeper wants, 2 x (2, ...) m/s: on the line from the goal's middle to the ball, further out the further
-    the ball; at the ball's side of the goal when it is shot; at the ball when it is loose or carried close to him."""
+    """The velocity that each keeper wants, 2 x (2, ...) m/s.
+
+    To the line from the goal's middle to the ball, further out the further the ball; to where a shot will pass him; to the ball
+    when it is loose in his area, he is the nearest of his team, or it is carried close to him.
+    """
     side = like(SIDE[:, 0], state.time[None])
     x, y = side * state.x[:, 0], side * state.y[:, 0]  # each in his own frame
     bx, by, vx, vy = (side * state.ball[i] for i in (0, 1, 3, 4))
@@ -454,7 +440,7 @@ def challenge(state: FootballState, u, left_first, skill):
     sliding, ease = (who & slides).any((0, 1)), pick(who, skill)
     loose = 1.0 + 0.8 * (has & state.sprint).any((0, 1)) - 0.4 * (has & state.dribble).any((0, 1))
     wins = tries & (u[0] < jnp.where(sliding, 0.35, 0.1) * loose * ease)
-    fouls = tries & ~wins & (u[1] < jnp.where(sliding, 0.08, 0.012) * (2.0 - ease))
+    fouls = tries & ~wins & (u[1] < jnp.where(sliding, 0.1, 0.02) * (2.0 - ease))
     clean = wins & (u[2] < 0.6)
     owner = jnp.where(wins, who & clean, has)
     away = jnp.stack([8.0 * (u[3] - 0.5), 8.0 * (u[4] - 0.5)])
@@ -488,7 +474,8 @@ def send_off(state: FootballState, who) -> FootballState:
 
 
 def wind_up(state: FootballState, actions, u) -> FootballState:
-    """Begins the owner's kick: the ball leaves two to four steps later. Restarts are taken in time, and keepers kick what they hold."""
+    """Begins the owner's kick: the ball leaves two to four steps later. A restart not taken in time is taken all the same, and
+    a keeper kicks what he holds."""
     has = state.owner
     act = pick(has, actions)
     keeper = (has & like(KEEPER, has)).any((0, 1))
@@ -550,7 +537,7 @@ def strike(state: FootballState, u, left_first, skill, offsides: bool):
 
 
 def aim_pass(state: FootballState, px, py, gap, left_first) -> jax.Array:
-    """The velocity (3, ...) of a pass to the team-mate who is best by angle and distance, as the engine rates them; where he will be.
+    """The velocity (3, ...) of a pass to where the best team-mate will be, by angle and distance, as the engine rates them.
 
     Speeds for 8, 20 and 35 m: short 12, 20, 29; long 12.7, 24, 29; high 10, 17, 25 m/s with a top at 1.2, 2, 4 m.
     """
@@ -618,7 +605,7 @@ def offside_positions(state: FootballState) -> jax.Array:
 
 
 def fly(state: FootballState, call: Call, u, left_first):
-    """Half a step of a free ball, and who touches it -> state, Call: the one given if there is one, else what comes of this flight."""
+    """Half a step of a free ball, and who touches it -> state, Call: the one given, or else what comes of this flight."""
     dt, ball = DT / 2, state.ball
     owned, live = state.owner.any((0, 1)), call.mode == NORMAL
     vx, vy, vz = ball[3], ball[4], ball[5]
@@ -685,7 +672,7 @@ def touch(state: FootballState, u, live, left_first):
     keeper, mate = (who & hands).any((0, 1)), (who.any(1) & state.last.any(1)).any(0)
     chance = jnp.where(keeper, 1.05 - 0.022 * rel, jnp.where(mate, 1.3 - 0.03 * rel, 0.85 - 0.025 * rel))
     chance = jnp.clip(chance, 0.1, 1.0)
-    gets, bounces = any_one & (u[0] < chance), any_one & (u[0] >= chance) & (u[0] < chance + (1 - chance) * 0.4)
+    gets, bounces = any_one & (u[0] < chance), any_one & (u[0] >= chance) & (u[0] < chance + (1 - chance) * 0.5)
     offence = (gets | bounces) & (who & state.offside).any((0, 1))
     call = Call(jnp.where(offence, FREE_KICK, NORMAL), jnp.where(who[0].any(0), 1, 0), pick(who, state.x), pick(who, state.y))
     turn = 2.4 * (u[1] - 0.5) + np.pi * (u[2] < 0.5)
@@ -706,8 +693,8 @@ def touch(state: FootballState, u, live, left_first):
 
 
 def restart(state: FootballState, call: Call, left_first) -> FootballState:
-    """Puts the ball on the spot and the nearest player of the team beside it, the keeper for a goal kick; for a kick-off everyone in
-    his place. The others keep their way; `keep_off` sees to the distance."""
+    """Puts the ball on the spot and the team's nearest player beside it, the keeper for a goal kick; for a kick-off everyone in his
+    place. The others keep their way; `keep_off` sees to the distance."""
     given, start = call.mode > 0, call.mode == KICK_OFF
     side, team = like(SIDE, state.x), call.team == like(np.int32([[0], [1]]), state.x)
     place = like(np.float32([SCALE_X, SCALE_Y]) * FORMATION, state.x)[None]
@@ -749,129 +736,3 @@ def checkpoints(state: FootballState, goal):
     reached = (far < like(RINGS[:, None], far[None])).sum(0)
     rings = jnp.maximum(state.rings, jnp.where(goal > 0, len(RINGS), reached))
     return 0.1 * (rings - state.rings), rings
-
-
-# --- what is seen
-
-
-def framed(state: FootballState):
-    """Each team's view of every player, as 4 x (2, 22, ...): x, y, vx, vy, its own eleven first, in its frame; 0 for the inactive."""
-    side = like(SIDE[:, None], state.x[None])[:, 0]
-    both = lambda v: jnp.concatenate([v, v[::-1]], axis=1)
-    on = both(state.active)
-    return [side * jnp.where(on, both(v), 0.0) for v in (state.x, state.y, state.vx, state.vy)]
-
-
-def team_view(state: FootballState, left) -> jax.Array:
-    """What a team sees as a whole, in its frame (2, 128, ...): x, y (by the pitch's half), vx, vy (by 10 m/s) of its own 11 and of
-    the other 11; the ball's six numbers; nobody, we or they have it; the mode (7); who has the ball (22); the goals' difference by 5,
-    and the share of time that is left."""
-    x, y, vx, vy = framed(state)
-    side = like(SIDE, x)
-    ball = jnp.stack([side[:, 0] * state.ball[k] for k in (0, 1)] + [state.ball[2] + 0 * side[:, 0]], axis=1)
-    motion = jnp.stack([side[:, 0] * state.ball[k] for k in (3, 4)] + [state.ball[5] + 0 * side[:, 0]], axis=1)
-    ball, motion = ball / like(np.float32([HALF_LENGTH, HALF_WIDTH, 5]), ball[0]), motion / 20.0
-    own = state.owner.any(1)
-    has = jnp.concatenate([state.owner, state.owner[::-1]], axis=1)
-    flags = jnp.stack([~own.any(0) & jnp.ones_like(own), own, own[::-1]], axis=1)
-    mode = state.mode == like(np.arange(7), state.mode[None])
-    mode = jnp.broadcast_to(mode, (2, *mode.shape))
-    ahead = (state.score - state.score[::-1])[:, None] / 5.0
-    left = jnp.broadcast_to(left, ahead.shape)
-    parts = [x / HALF_LENGTH, y / HALF_WIDTH, vx / 10.0, vy / 10.0, ball, motion, flags, mode, has, ahead, left]
-    return jnp.concatenate([p.astype(jnp.float32) for p in parts], axis=1)
-
-
-def own_view(state: FootballState) -> jax.Array:
-    """What each player adds to his team's view, in its frame (2, 10, 34, ...): x, y, vx, vy, facing (2), direction held (2); sprint,
-    dribble, tiredness, booked, offside, off his feet, has the ball, his kick is under way; the ball from him (3) and how far; the
-    goal from him (2) and how far; the nearest opponent's distance; and which of the ten he is."""
-    side = like(SIDE, state.x)
-    x, y = side * state.x, side * state.y
-    bx, by = side * state.ball[0] - x, side * state.ball[1] - y
-    gx = HALF_LENGTH - x
-    flat = lambda v: v.reshape(2, 11, 1, 1, *v.shape[2:])
-    rival = (flat(state.x) - state.x) ** 2 + (flat(state.y) - state.y) ** 2
-    rival = jnp.where(state.active, rival, FAR).min(3)
-    rival = jnp.stack([rival[0, :, 1], rival[1, :, 0]])
-    parts = [x / HALF_LENGTH, y / HALF_WIDTH, side * state.vx / 10, side * state.vy / 10, side * state.facing_x, side * state.facing_y,
-             side * state.stick_x, side * state.stick_y, state.sprint, state.dribble, state.fatigue, state.yellow, state.offside,
-             state.stun > 0, state.owner, state.owner & (state.kick > 0), bx / 20, by / 20, state.ball[2] / 5 + 0 * x,
-             length(bx, by) / 20, gx / 20, -y / 20, length(gx, y) / 20, jnp.sqrt(jnp.minimum(rival, 1e3)) / 10]  # fmt: skip
-    own = jnp.stack([jnp.broadcast_to(p, x.shape).astype(jnp.float32) for p in parts], axis=2)[:, 1:]
-    own = jnp.where(state.active[:, 1:, None], own, 0.0)
-    who = jnp.broadcast_to(like(np.eye(10, dtype=np.float32)[None], own), (2, 10, 10, *state.time.shape))
-    return jnp.concatenate([own, who], axis=2)
-
-
-TEAM_VIEW = 128 + 34
-
-
-def simple115(state: FootballState) -> jax.Array:
-    """The engine's `simple115v2` for each of the twenty (20, 115, ...), in its units, velocities by step, the ball's height in metres:
-    xy of the own 11 (-1 for the inactive), their velocities, the same of the other 11, the ball and its velocity, who has it (nobody,
-    we, they), which of the 11 one is, the mode (7)."""
-    x, y, vx, vy = framed(state)
-    on = jnp.concatenate([state.active, state.active[::-1]], axis=1)
-    pairs = lambda a, b: jnp.stack([a, b], axis=2).reshape(2, 44, *state.time.shape)
-    spots = pairs(jnp.where(on, x / SCALE_X, -1.0), jnp.where(on, y / SCALE_Y, -1.0))
-    speeds = pairs(vx * DT / SCALE_X, vy * DT / SCALE_Y)
-    view = team_view(state, jnp.float32(0))
-    units = np.float32([HALF_LENGTH / SCALE_X, HALF_WIDTH / SCALE_Y, 5, 20 * DT / SCALE_X, 20 * DT / SCALE_Y, 20 * DT])
-    ball = view[:, 88:94] * like(units, view[0])
-    head = [spots[:, :22], speeds[:, :22], spots[:, 22:], speeds[:, 22:], ball, view[:, 94:97]]
-    spread = lambda v: jnp.broadcast_to(v[:, None], (2, 10, *v.shape[1:]))
-    who = jnp.broadcast_to(like(np.eye(11, dtype=np.float32)[None, 1:], view[:, None]), (2, 10, 11, *state.time.shape))
-    return jnp.concatenate([spread(jnp.concatenate(head, axis=1)), who, spread(view[:, 97:104])], axis=2).reshape(
-        20, 115, *state.time.shape
-    )
-
-
-# --- pictures
-
-PIXELS = 4  # a metre
-MARGIN = 4  # metres
-WIDTH, HEIGHT = int(2 * (HALF_LENGTH + MARGIN) * PIXELS), int(2 * (HALF_WIDTH + MARGIN) * PIXELS)
-TEAM_COLOURS = np.float32([[226, 60, 60], [70, 120, 250]])
-KEEPER_COLOURS = np.float32([[255, 170, 60], [120, 220, 240]])
-
-
-def _pitch() -> np.ndarray:
-    """Mown grass and white lines (HEIGHT, WIDTH, 3) float32."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) / PIXELS
-    x, y = x - HALF_LENGTH - MARGIN, y - HALF_WIDTH - MARGIN
-    image = np.float32([52, 122, 60]) + 6.0 * (np.floor(x / 5.5) % 2)[..., None]
-    near = lambda a: np.abs(a) < 0.15
-    field = (np.abs(x) < HALF_LENGTH + 0.15) & (np.abs(y) < HALF_WIDTH + 0.15)
-    lines = near(np.abs(x) - HALF_LENGTH) | near(np.abs(y) - HALF_WIDTH) | near(x) | near(np.hypot(x, y) - DISTANCE)
-    for deep, wide in ((BOX_LENGTH, BOX_WIDTH), (5.5, 9.15)):
-        edge = HALF_LENGTH - deep
-        lines |= near(np.abs(x) - edge) & (np.abs(y) < wide) | near(np.abs(y) - wide) & (np.abs(x) > edge)
-    image[lines & field] = 220
-    image[(np.abs(x) > HALF_LENGTH) & (np.abs(x) < HALF_LENGTH + 2) & (np.abs(y) < GOAL_WIDTH)] = 170
-    return image
-
-
-PITCH = _pitch()
-
-
-def picture(state: FootballState) -> jax.Array:
-    """One match from above (HEIGHT, WIDTH, 3) uint8: left red, right blue, keepers lighter, the ball white with its shadow."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(np.float32) / PIXELS
-    x, y = x - HALF_LENGTH - MARGIN, y - HALF_WIDTH - MARGIN
-    image = jnp.asarray(PITCH)
-    disc = lambda image, at, radius, colour: jnp.where((jnp.hypot(x - at[0], y - at[1]) < radius)[..., None], colour, image)
-
-    def player(image, who):
-        px, py, fx, fy, colour, active, has = who
-        shown = disc(image, (px, py), jnp.where(has, 1.5, 1.25), np.float32([20, 25, 20]))
-        shown = disc(shown, (px, py), 1.0, colour)
-        shown = disc(shown, (px + 0.9 * fx, py + 0.9 * fy), 0.4, colour * 0.6)
-        return jnp.where(active, shown, image), None
-
-    colours = np.where(KEEPER[..., None], KEEPER_COLOURS[:, None], TEAM_COLOURS[:, None])
-    flat = (state.x, state.y, state.facing_x, state.facing_y, colours, state.active, state.owner)
-    image, _ = jax.lax.scan(player, image, jax.tree.map(lambda v: jnp.asarray(v).reshape(22, *v.shape[2:]), flat))
-    bx, by, z = state.ball[0], state.ball[1], state.ball[2]
-    image = disc(image, (bx, by), 0.6, np.float32([30, 60, 30]))
-    return disc(image, (bx, by - 0.8 * z), 0.6, np.float32([255, 255, 255])).astype(jnp.uint8)
