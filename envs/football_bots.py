@@ -121,7 +121,7 @@ def direction(dx, dy) -> jax.Array:
 def run_to(state: FootballState, x, y, ball, ours, theirs, bots):
     """Where those without the ball run, from where they are; who chases it; and everyone's distance to the nearest rival."""
     bx, by, bvx, bvy = ball
-    ahead = jnp.where(ours | theirs, 0.3, jnp.clip(length(bx - x, by - y) / 12.0, 0.1, 1.5))
+    ahead = jnp.clip(length(bx - x, by - y) / jnp.where(theirs, 9.0, 12.0), 0.1, 1.5)
     dx, dy = bx + ahead * bvx - x, by + ahead * bvy - y
     far = jnp.where(state.active & ~like(KEEPER, x), length(dx, dy), FAR)
     best = far.min(1, keepdims=True)
@@ -131,11 +131,11 @@ def run_to(state: FootballState, x, y, ball, ours, theirs, bots):
     goalwards = jnp.where(theirs, 1.0, 0.0)  # come from between the ball and the own goal
     dx = dx - goalwards * jnp.clip(length(dx, dy) - 1.0, 0.0, 3.0)
     place = like(FORMATION * np.float32([SCALE_X, SCALE_Y]), x)[None]
-    shift = jnp.where(ours, 12.0, jnp.where(theirs, -4.0, 2.0))
+    shift = jnp.where(ours, 12.0, jnp.where(theirs, -8.0, 0.0))
     home_x = jnp.clip(place[:, :, 0] + 0.75 * bx + shift + 14.0, -HALF_LENGTH + 8, HALF_LENGTH - 6)
     line = offside_line(state)
     home_x = jnp.where(ours | (home_x > line), jnp.minimum(home_x, line - 0.7), home_x)
-    home_y = jnp.clip(0.85 * place[:, :, 1] + 0.3 * by, -HALF_WIDTH + 2, HALF_WIDTH - 2)
+    home_y = jnp.clip(place[:, :, 1] + 0.25 * by, -HALF_WIDTH + 2, HALF_WIDTH - 2)
     return jnp.where(chase, dx, home_x - x), jnp.where(chase, dy, home_y - y), chase, rivals(state)
 
 
