@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.config import UsageError
-from envs.football import Chance, Football, FootballParams, FootballState, advance, check_level, draw
+from envs.football import Football, FootballParams, FootballState, advance, check_level, draw
 from envs.football_bots import bot_actions, bot_of, pair
 from envs.football_state import (
     CORNER,
@@ -33,22 +33,37 @@ from envs.football_state import (
 
 pytestmark = pytest.mark.timeout(200)
 
-LANES, STEPS = 128, 50
+LANES, STEPS, MATCHES = 128, 50, 512
 RIGHT, BOTTOM, LEFT = 5, 7, 1
-env = Football(end_on_score=False)
+env = Football(end_on_score=False, shaping="checkpoint")
 near = partial(pytest.approx, rel=0.15)
 
 
 @jax.jit
 def run(state, actions, key):
-    """actions (STEPS, 20, LANES) -> states and info after every step."""
+    """actions (STEPS, 20, LANES) -> states and info after every step, info["reward"] with it."""
 
     def body(state, inputs):
         actions, key = inputs
-        _, state, _, _, info = env.step_env(key, state, actions, FootballParams())
-        return state, (state, info)
+        _, state, reward, _, info = env.step_env(key, state, actions, FootballParams())
+        return state, (state, info | {"reward": reward})
 
     return jax.lax.scan(body, state, (actions, jax.random.split(key, STEPS)))[1]
+
+
+@jax.jit
+def matches(bots, seed):
+    """MATCHES random levels, 128 steps -> the scores (128, 2, MATCHES), info summed over the steps by team, the last state."""
+    key_level, key = jax.random.split(jax.random.key(seed))
+    state = env.reset_to_level(env.sample_level(key_level, (MATCHES,)))
+    params = FootballParams(bots.skill)
+
+    def body(state, keys):
+        _, state, _, _, info = env.step_env(keys[1], state, bot_actions(keys[0], state, bots), params)
+        return state, (info, state.score)
+
+    state, (info, score) = jax.lax.scan(body, state, jax.random.split(key, (128, 2)))
+    return score, jax.tree.map(lambda x: x.astype(jnp.float32).sum(0).mean(-1), info), state
 
 
 EMPTY = jax.tree.map(np.asarray, jax.jit(env.reset_to_level)(np.zeros((42, LANES), np.float32)))
@@ -98,7 +113,7 @@ def test_running_speeds():
 
 
 def test_turns():
-    """A sprinter who turns back stands after 0.7 s and runs 6 m/s after 1.4 s; one who turns aside has lost the old way by 0.5 s."""
+    """A sprinter who turns back stands after 0.7 s and runs 6 m/s after 1.4 s; who turns aside has lost the old way by 0.5 s."""
     state = scene({(0, 1): (0.0, 0.0)}, vx=7.8, sprint=True, stick_x=1.0)
     back = play(state, {(0, 0, 1): LEFT})[0].vx[:, 0, 1, 0]
     assert 0.5 <= 0.1 * (1 + np.argmax(back <= 0)) <= 0.9
@@ -286,36 +301,50 @@ def mirrored(state: FootballState) -> FootballState:
     return FootballState(**fields | {"ball": sign * fields["ball"], "kick_stick": -fields["kick_stick"]})
 
 
+@jax.jit
+def one_step(state, actions, chance, params):
+    """-> state, info, observations."""
+    state, info = advance(state, actions, chance, params, True)
+    return state, info, env.get_obs(state, FootballParams())
+
+
 def test_mirror_symmetry():
     """A turned state with exchanged actions and the same luck gives the turned state, and turned views."""
-    key_level, key_bots, key_steps, key_last = jax.random.split(jax.random.key(3), 4)
-    bots = pair(bot_of("hard"), bot_of("medium"))
-
-    def body(state, keys):
-        actions = bot_actions(keys[0], state, bots)
-        return env.step_env(keys[1], state, actions, FootballParams())[1], None
-
-    @jax.jit
-    def both(state):
-        state, _ = jax.lax.scan(body, state, jax.random.split(key_steps, (150, 2)))
-        actions = jax.random.randint(key_bots, (20, LANES), 0, 19)
-        chance, params = draw(key_last, (LANES,)), FootballParams(np.float32([1.0, 0.6]))
-        turned_chance = Chance(~chance.left_first, chance.u)
-        turned_params = params._replace(skill=params.skill[::-1])
-        turned_actions = jnp.concatenate([actions[10:], actions[:10]])
-        once, info = advance(state, actions, chance, params, True)
-        again, turned_info = advance(mirrored(state), turned_actions, turned_chance, turned_params, True)
-        views = [env.get_obs(s, FootballParams()) for s in (once, again)]
-        return once, again, info, turned_info, views
-
-    once, again, info, turned_info, (view, turned_view) = jax.tree.map(
-        np.asarray, both(env.reset_to_level(env.sample_level(key_level, (LANES,))))
-    )
-    assert len(np.unique(once.mode)) > 2 and once.owner.any((0, 1)).mean() > 0.2 and (once.kick > 0).any()
+    state = matches(pair(bot_of("hard"), bot_of("hard")), 0)[2]
+    actions = jax.random.randint(jax.random.key(3), (20, MATCHES), 0, 19)
+    chance, params = draw(jax.random.key(4), (MATCHES,)), FootballParams(np.float32([1.0, 0.6]))
+    once, info, view = one_step(state, actions, chance, params)
+    turned = (mirrored(state), jnp.concatenate([actions[10:], actions[:10]]), chance._replace(left_first=~chance.left_first))
+    again, turned_info, turned_view = one_step(*turned, params._replace(skill=params.skill[::-1]))
+    assert (once.mode > 0).any() and once.owner.any((0, 1)).mean() > 0.2 and (once.kick > 0).any()
     for name, x, y in zip(FootballState._fields, once, mirrored(again), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-5, err_msg=name)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[::-1]), info, turned_info)
     np.testing.assert_allclose(view, np.concatenate([turned_view[10:], turned_view[:10]]), atol=2e-5)
+
+
+def test_single_matches_and_auto_reset():
+    """`vmap` of the single match's `step` plays what the wide batch plays; where the time is up a match begins anew."""
+    world = Football(max_steps_in_episode=200)
+    state = matches(pair(bot_of("hard"), bot_of("hard")), 0)[2]
+    over = np.arange(MATCHES) % 2 == 1
+    state = state._replace(time=jnp.where(over, 199, 7))
+    actions = jax.random.randint(jax.random.key(5), (20, MATCHES), 0, 19)
+    keys = jax.random.split(jax.random.key(6), MATCHES)
+    obs, after, reward, terminated, truncated, info = jax.jit(jax.vmap(world.step, (0, -1, -1), -1))(keys, state, actions)
+    chance = jax.vmap(lambda key: draw(jax.random.split(key)[0], ()), out_axes=-1)(keys)
+    wide, wide_info, _ = one_step(state, actions, chance, FootballParams())
+    for name, x, y in zip(FootballState._fields, after, wide, strict=True):
+        np.testing.assert_allclose(x[..., ~over], y[..., ~over], atol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(truncated, over)
+    np.testing.assert_array_equal(terminated, np.asarray(wide_info["goal"]).any(0))
+    assert obs.shape == (20, 162, MATCHES) and reward.shape == (20, MATCHES)
+    assert (
+        (after.time[over] == 0).all() and (after.mode[over] == KICK_OFF).all() and (after.owner[..., over].sum((0, 1)) == 1).all()
+    )
+    assert (np.abs(np.asarray(after.x)[0][:, over]) <= 54).all() and np.isfinite(obs).all()
+    space = world.observation_space()
+    assert space.contains(obs[..., 0]) and space.shape == obs.shape[:2] and world.action_space().n == 19
 
 
 def test_levels():
@@ -329,7 +358,7 @@ def test_levels():
     clipped = env.reset_to_level(jnp.full(42, 7.0))
     np.testing.assert_allclose([clipped.x[0, 3], clipped.y[1, 4], clipped.ball[0]], [54.4, 0.42 * 83.6, 54.4], rtol=1e-5)
     changed = env.mutate_level(jax.random.key(1), level)
-    assert 0.05 < np.std(np.asarray(changed) - level) < 0.15 and (np.abs(np.reshape(changed, (21, 2))) <= [0.9, 0.4]).all()
+    assert 0.05 < np.std(np.asarray(changed) - level) < 0.15 and (np.abs(np.reshape(changed, (21, 2))) < [0.901, 0.401]).all()
 
 
 @pytest.mark.parametrize(
@@ -381,37 +410,15 @@ def test_simple115():
 
 
 def test_checkpoints():
-    """A run at the goal collects the rings once; a goal pays the rest: 1 in all, for the attackers alone."""
-    world = Football(shaping="checkpoint", max_steps_in_episode=200)
-    step = jax.jit(lambda s, a, k: world.step_env(k, s, a, FootballParams())[1:3])
-    state = jax.tree.map(lambda v: v[..., 0], scene({(0, 1): (20.0, 0.0)}, (20.5, 0, 0.11, 0, 0, 0), (0, 1)))
-    total = np.zeros(20)
-    for t in range(75):
-        actions = np.zeros(20, np.int32)
-        actions[0] = RIGHT
-        state, reward = step(state, actions, jax.random.key(t))
-        total += reward
-        assert np.abs(reward).max() < 1.5
-    assert int(state.score[0]) == 1
-    np.testing.assert_allclose(total, [2.0] * 10 + [-1.0] * 10, atol=1e-5)
+    """A run at the goal collects the rings, each once; a goal pays the rest: 1 in all, for the attackers alone."""
+    states, info = play(scene({(0, 1): (35.0, 0.0)}, (35.5, 0, 0.11, 0, 0, 0), (0, 1)), {(0, 0, 1): RIGHT})
+    reward = info["reward"][..., 0]
+    assert (states.score[-1] == [[1], [0]]).all() and (states.rings[-1] == [[10], [0]]).all()
+    assert reward[0, 0] == pytest.approx(0.7)  # at (55 - 35.5) / 54.4 = 0.36 of the way seven rings lie behind
+    np.testing.assert_allclose(reward.sum(0), [2.0] * 10 + [-1.0] * 10, atol=1e-5)
 
 
 # --- matches
-
-
-@jax.jit
-def matches(bots, seed):
-    """512 random levels, 128 steps -> goals (2, 512) when the first was scored, and means of info by team."""
-    key_level, key = jax.random.split(jax.random.key(seed))
-    state = env.reset_to_level(env.sample_level(key_level, (512,)))
-    params = FootballParams(bots.skill)
-
-    def body(state, keys):
-        state_, info = env.step_env(keys[1], state, bot_actions(keys[0], state, bots), params)[1::3]
-        return state_, (info, state_.score)
-
-    state, (info, score) = jax.lax.scan(body, state, jax.random.split(key, (128, 2)))
-    return score, jax.tree.map(lambda x: x.astype(jnp.float32).sum(0).mean(-1), info), state
 
 
 def first_goals(score):
@@ -445,18 +452,13 @@ def test_the_hard_bot_beats_the_easy_one():
         assert shares[better] > 0.1 and shares[better] > 5 * shares[1 - better]
 
 
-def test_the_wide_batch_is_the_single_match():
-    """A batch in the last axis, and vmap over single matches, play the same match."""
-    key, params = jax.random.key(9), FootballParams()
-    level, actions = env.sample_level(key), jax.random.randint(key, (20,), 0, 19)
-    single = jax.jit(lambda s, a: env.step_env(key, s, a, params)[:2])
-    obs, state = single(env.reset_to_level(level), actions)
-    wide_obs, wide = jax.jit(jax.vmap(lambda s, a: env.step_env(key, s, a, params)[:2], in_axes=-1, out_axes=-1))(
-        env.reset_to_level(jnp.stack([level, level], -1)), jnp.stack([actions, actions], -1)
-    )
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y[..., 1], atol=1e-5), (obs, state), (wide_obs, wide))
-    image = np.asarray(jax.jit(env.render)(state))
-    assert image.dtype == np.uint8 and image.shape == (320, 472, 3) and len(np.unique(image.reshape(-1, 3), axis=0)) > 6
+def test_picture():
+    image = np.asarray(jax.jit(env.render)(jax.tree.map(lambda v: v[..., 0], EMPTY)))
+    players = jax.tree.map(lambda v: v[..., 0], scene({(0, 1): (0.0, 10.0), (1, 1): (30.0, 0.0)}))
+    shown = np.asarray(jax.jit(env.render)(players))
+    assert image.dtype == np.uint8 and image.shape == (320, 472, 3)
+    y, x = np.argwhere((image != shown).any(-1)).mean(0)  # the two discs' middle, 4 pixels a metre, a margin of 4 m
+    assert abs(x - 4 * (15 + 59)) < 3 and abs(y - 4 * (5 + 40)) < 3
 
 
 def test_no_gathers():
