@@ -586,7 +586,7 @@ def aim_shot(state: FootballState, px, py, side, run, pressure, u):
     t = d / (0.85 * speed)
     rise = (0.3 + u) / t + 0.5 * GRAVITY * t
     narrow = 1.0 - jnp.abs(dx) / d
-    spread = 0.02 + 0.05 * ((run - 3.5) / 4.3) ** 2 + 0.45 * narrow + 0.04 * pressure
+    spread = 0.02 + 0.07 * ((run - 3.5) / 4.3) ** 2 + 0.45 * narrow + 0.04 * pressure
     return jnp.stack([dx / d * speed, dy / d * speed, rise]), spread
 
 
@@ -671,9 +671,9 @@ def touch(state: FootballState, u, live, left_first):
     any_one = who.any((0, 1))
     rel = length(state.ball[3] - pick(who, state.vx), state.ball[4] - pick(who, state.vy))
     keeper, mate = (who & hands).any((0, 1)), (who.any(1) & state.last.any(1)).any(0)
-    chance = jnp.where(keeper, 0.9 - 0.028 * rel, jnp.where(mate, 1.4 - 0.03 * rel, 0.85 - 0.025 * rel))
+    chance = jnp.where(keeper, 0.98 - 0.028 * rel, jnp.where(mate, 1.4 - 0.03 * rel, 0.85 - 0.025 * rel))
     chance = jnp.clip(chance, 0.1, 1.0)
-    off_him = chance + (1.0 - chance) * jnp.where(keeper, 0.15, 0.6)
+    off_him = chance + (1.0 - chance) * jnp.where(keeper, 0.2, 0.6)
     gets, bounces = any_one & (u[0] < chance), any_one & (u[0] >= chance) & (u[0] < off_him)
     offence = (gets | bounces) & (who & state.offside).any((0, 1))
     call = Call(jnp.where(offence, FREE_KICK, NORMAL), jnp.where(who[0].any(0), 1, 0), pick(who, state.x), pick(who, state.y))
