@@ -431,7 +431,8 @@ def challenge(state: FootballState, u, left_first, skill):
     """The nearest opponent who can reach the carried ball may win it, by standing near or by a slide, or foul -> state, Call."""
     has, dx, dy = state.owner, state.x - state.ball[0], state.y - state.ball[1]
     slides = state.stun > 6
-    reach = jnp.where(slides, 1.5, 1.0)
+    smothers = like(KEEPER, has) & in_own_box(state)
+    reach = jnp.where(slides | smothers, 1.5, 1.0)
     gap2 = dx * dx + dy * dy
     hands = (has & like(KEEPER, has)).any((0, 1))
     able = others_of(has) & state.active & (slides | (state.stun == 0)) & (state.lock == 0)
@@ -439,7 +440,8 @@ def challenge(state: FootballState, u, left_first, skill):
     tries = who.any((0, 1)) & (state.mode == NORMAL) & ~hands
     sliding, ease = (who & slides).any((0, 1)), pick(who, skill)
     loose = 1.0 + 0.8 * (has & state.sprint).any((0, 1)) - 0.4 * (has & state.dribble).any((0, 1))
-    wins = tries & (u[0] < jnp.where(sliding, 0.35, 0.1) * loose * ease)
+    share = jnp.where((who & smothers).any((0, 1)), 0.5, jnp.where(sliding, 0.35, 0.1))
+    wins = tries & (u[0] < share * loose * ease)
     fouls = tries & ~wins & (u[1] < jnp.where(sliding, 0.1, 0.06) * (2.0 - ease))
     clean = wins & (u[2] < 0.6)
     owner = jnp.where(wins, who & clean, has)
@@ -586,7 +588,7 @@ def aim_shot(state: FootballState, px, py, side, run, pressure, u):
     t = d / (0.85 * speed)
     rise = (0.3 + u) / t + 0.5 * GRAVITY * t
     narrow = 1.0 - jnp.abs(dx) / d
-    spread = 0.02 + 0.07 * ((run - 3.5) / 4.3) ** 2 + 0.45 * narrow + 0.04 * pressure
+    spread = 0.02 + 0.07 * ((run - 3.5) / 4.3) ** 2 + 0.8 * narrow + 0.04 * pressure
     return jnp.stack([dx / d * speed, dy / d * speed, rise]), spread
 
 
@@ -656,6 +658,11 @@ def leave(old, ball, by_left):
     return jnp.where(post, back, ball), Call(jnp.where(post, NORMAL, mode), team, spot_x, spot_y)
 
 
+def in_own_box(state: FootballState) -> jax.Array:
+    """Who stands in the penalty area of his own goal (2, 11, ...) bool."""
+    return (like(SIDE, state.x) * state.x < BOX_LENGTH - HALF_LENGTH) & (jnp.abs(state.y) < BOX_WIDTH)
+
+
 def touch(state: FootballState, u, live, left_first):
     """The nearest player within reach of a free ball controls it, the likelier the slower it is for him; or it bounces off him.
 
@@ -663,17 +670,16 @@ def touch(state: FootballState, u, live, left_first):
     """
     dx, dy = state.x - state.ball[0], state.y - state.ball[1]
     gap2 = dx * dx + dy * dy
-    box = (like(SIDE, dx) * state.x < BOX_LENGTH - HALF_LENGTH) & (jnp.abs(state.y) < BOX_WIDTH)
-    hands = like(KEEPER, dx) & box
+    hands = like(KEEPER, dx) & in_own_box(state)
     reach, height = jnp.where(hands, KEEPER_REACH, REACH), jnp.where(hands, HANDS, HEAD)
     able = state.active & (state.stun == 0) & (state.lock == 0) & (gap2 < reach * reach) & (state.ball[2] < height)
     who, _ = nearest(gap2, able & live, left_first)
     any_one = who.any((0, 1))
     rel = length(state.ball[3] - pick(who, state.vx), state.ball[4] - pick(who, state.vy))
     keeper, mate = (who & hands).any((0, 1)), (who.any(1) & state.last.any(1)).any(0)
-    chance = jnp.where(keeper, 0.98 - 0.028 * rel, jnp.where(mate, 1.4 - 0.03 * rel, 0.85 - 0.025 * rel))
+    chance = jnp.where(keeper, 0.92 - 0.028 * rel, jnp.where(mate, 1.4 - 0.03 * rel, 0.85 - 0.025 * rel))
     chance = jnp.clip(chance, 0.1, 1.0)
-    off_him = chance + (1.0 - chance) * jnp.where(keeper, 0.2, 0.6)
+    off_him = chance + (1.0 - chance) * jnp.where(keeper, 0.16, 0.6)
     gets, bounces = any_one & (u[0] < chance), any_one & (u[0] >= chance) & (u[0] < off_him)
     offence = (gets | bounces) & (who & state.offside).any((0, 1))
     call = Call(jnp.where(offence, FREE_KICK, NORMAL), jnp.where(who[0].any(0), 1, 0), pick(who, state.x), pick(who, state.y))
