@@ -5,6 +5,7 @@ A source gives clips of frames (num, T, H, W, 3) uint8 and, for evaluation only,
 
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,21 @@ class Clips(NamedTuple):
     change: jax.Array  # (num, T - 1) int32
 
 
+class Game(NamedTuple):
+    """The true game behind clips, on levels never trained on, to be played beside a model of it."""
+
+    num_levels: int
+    num_actions: int
+    nothing: int  # the action that presses no key
+    arrows: tuple[str, ...]  # of every class of Clips.change
+    start: Callable[[jax.Array], Any]  # level -> state
+    step: Callable[[Any, jax.Array], tuple[Any, jax.Array]]  # state, action -> state, which of OUTCOMES
+    render: Callable[[Any], jax.Array]  # state -> (H, W, 3) uint8
+
+
+OUTCOMES = ("", "the true game is won", "the true game is lost")
+
+
 class Source(NamedTuple):
     """Where clips come from, as pure functions. `world` is what must survive from one draw to the next."""
 
@@ -36,6 +52,7 @@ class Source(NamedTuple):
     init: Callable[[jax.Array], Any]  # key -> world
     draw: Callable[[jax.Array, Any, int], tuple[Clips, Any]]  # key, world, num -> clips to train on, world
     held_out: Callable[[jax.Array, int], Clips]  # key, num -> clips never trained on
+    game: Game | None = None
 
 
 def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
@@ -120,36 +137,73 @@ def coinrun(num_frames: int, num_levels: int, sticky: float) -> Source:
         key_begin, key_film = jax.random.split(key)
         return film(key_film, begin(key_begin, num, test), test)[0]
 
-    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, POOL, train), draw, held_out)
+    def play(state, action):
+        _, state, reward, ended, _ = env.step_env(None, state, action, test)
+        return state, jnp.where(reward > 0, 1, jnp.where(ended | (state.time >= test.max_steps_in_episode), 2, 0))
+
+    start, render = partial(env.reset_to_level, params=test), partial(env.render, params=test)
+    game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), start, play, render)
+    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, POOL, train), draw, held_out, game)
 
 
 # --- a world of one dot
 
 
+class Dot(NamedTuple):
+    """The world of a dot."""
+
+    place: jax.Array  # (2,) int32 row, column, in [0, 8)
+    colours: jax.Array  # (2, 3) int32: the ground's and the dot's
+
+
 def dots(num_frames: int, size: int) -> Source:
     """A square of size / 8 pixels on plain ground; an action moves it by its own size, walls stop it. `change` is the action."""
-    cell = size // 8
+
+    def start(key) -> Dot:
+        key_place, key_colour = jax.random.split(key)
+        colours = jax.random.randint(key_colour, (2, 3), jnp.array([[0], [160]]), jnp.array([[96], [256]]))
+        return Dot(jax.random.randint(key_place, (2,), 0, 8), colours)
+
+    def step(dot: Dot, action):
+        return dot._replace(place=jnp.clip(dot.place + jnp.asarray(MOVES)[action], 0, 7)), jnp.int32(0)
+
+    def render(dot: Dot):
+        near = jnp.arange(size) // (size // 8) == dot.place[:, None]  # (2, size)
+        here = near[0][:, None] & near[1]
+        return jnp.where(here[..., None], dot.colours[1], dot.colours[0]).astype(jnp.uint8)
 
     def clip(key):
-        key_place, key_colour, key_action = jax.random.split(key, 3)
-        action = jax.random.randint(key_action, (num_frames - 1,), 0, len(MOVES))
-        start = jax.random.randint(key_place, (2,), 0, 8)
-
-        def step(place, action):
-            place = jnp.clip(place + jnp.asarray(MOVES)[action], 0, 7)
-            return place, place
-
-        _, places = jax.lax.scan(step, start, action)
-        places = jnp.concatenate([start[None], places])  # (T, 2) row, column
-        ground, dot = jax.random.randint(key_colour, (2, 3), jnp.array([[0], [160]]), jnp.array([[96], [256]]))
-        near = jnp.arange(size) // cell == places[..., None]  # (T, 2, size)
-        here = near[:, 0, :, None] & near[:, 1, None, :]
-        return jnp.where(here[..., None], dot, ground).astype(jnp.uint8), action
+        key_start, key_action = jax.random.split(key)
+        action, first = jax.random.randint(key_action, (num_frames - 1,), 0, len(MOVES)), start(key_start)
+        _, later = jax.lax.scan(lambda dot, action: (step(dot, action)[0],) * 2, first, action)
+        return jnp.concatenate([render(first)[None], jax.vmap(render)(later)]), action
 
     def draw(key, world, num):
         return Clips(*jax.vmap(clip)(jax.random.split(key, num))), world
 
-    return Source((size, size), len(MOVES), lambda key: (), draw, lambda key, num: draw(key, (), num)[0])
+    on_level = lambda level: start(jax.random.fold_in(jax.random.key(0), level))
+    game = Game(HELD_OUT_LEVELS, len(MOVES), 0, tuple("·←→↑↓"), on_level, step, render)
+    return Source((size, size), len(MOVES), lambda key: (), draw, lambda key, num: draw(key, (), num)[0], game)
+
+
+def play_at_random(key, game: Game, level, num_frames: int, sticky: float):
+    """A random policy's film of a level -> frames (T, H, W, 3) uint8, actions (T - 1,) int32, states (T, ...); a game that ends
+    stays where it is. The policy repeats its action with probability `sticky`."""
+
+    def step(carry, key):
+        state, action, over = carry
+        key_new, key_keep = jax.random.split(key)
+        new = jax.random.randint(key_new, (), 0, game.num_actions)
+        action = jnp.where(jax.random.uniform(key_keep) < sticky, action, new)
+        after, outcome = game.step(state, action)
+        state = select(over, state, after)
+        return (state, action, over | (outcome > 0)), (state, action)
+
+    first = game.start(level)
+    carry = (first, jnp.int32(game.nothing), jnp.bool_(False))
+    _, (states, actions) = jax.lax.scan(step, carry, jax.random.split(key, num_frames - 1))
+    states = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, states)
+    return jax.vmap(game.render)(states), actions, states
 
 
 # --- videos of one's own
