@@ -7,6 +7,7 @@ come as bytes, levels as numbers. What a request gets wrong is told in one sente
 import base64
 import io
 import json
+import re
 import threading
 import time
 import traceback
@@ -26,7 +27,6 @@ KEPT_BYTES = 1 << 30  # of worlds to undo to
 MAX_FILM, SCALE, BAR = 600, 4, 6  # frames of an exported film; pixels a pixel there; the height of its row of codes
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 MAX_STEPS, MAX_TEMPERATURE, MAX_SEED = 100, 10, 2**31 - 1
-HOSTS = ("127.0.0.1", "localhost")
 
 
 class Model(NamedTuple):
@@ -274,7 +274,7 @@ def draw_film(frames: np.ndarray, true: np.ndarray | None, codes: list, num_code
 def refusal(headers) -> str:
     """Why a request does not come from this machine's own page, or nothing (other sites may not ask, by whatever name)."""
     host, origin = headers.get("Host", ""), headers.get("Origin")
-    if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
+    if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d{1,5})?", host):
         return "this page is served on loopback only: open it as http://127.0.0.1"
     if origin is not None and origin != f"http://{host}":
         return "requests of other pages are refused"

@@ -6,8 +6,10 @@ PAGE = r"""<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>nightjax: play</title>
+<link rel="icon" href="data:,">
 <style>
-  :root { color-scheme: dark; --ground: #14161c; --panel: #1e212b; --line: #343947; --text: #e8eaf0; --dim: #a3a9ba; --lit: #ffc83c; }
+  :root { color-scheme: dark; --ground: #14161c; --panel: #1e212b; --line: #343947; --edge: #4a5063; --text: #e8eaf0;
+    --dim: #a3a9ba; --lit: #ffc83c; }
   * { box-sizing: border-box; }
   body { margin: 0; padding: 16px 20px; background: var(--ground); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
   h1 { font-size: 18px; margin: 0 0 12px; } h1 small { color: var(--dim); font-weight: normal; font-size: 14px; margin-left: 8px; }
@@ -21,20 +23,25 @@ PAGE = r"""<!doctype html>
   figure { margin: 0; } figcaption { color: var(--dim); font-size: 13px; margin-top: 4px; min-height: 1.45em; }
   #screens { display: grid; grid-template-columns: 2fr 1fr; gap: 14px; }
   #screens canvas { width: 100%; border-radius: 4px; }
-  .dream { position: relative; grid-row: span 2; } #overlay { position: absolute; inset: 0 0 auto 0; background: none; pointer-events: none; }
-  button, input, select { font: inherit; color: inherit; background: #2a2e3b; border: 1px solid #4a5063; border-radius: 6px; padding: 5px 10px; }
+  .dream { position: relative; grid-row: span 2; }
+  #overlay { position: absolute; inset: 0 0 auto 0; background: none; pointer-events: none; }
+  button, input { font: inherit; color: inherit; background: #2a2e3b; border: 1px solid var(--edge); border-radius: 6px; }
+  button, input { padding: 5px 10px; }
   button { cursor: pointer; } button:hover:enabled { background: #363b4b; } button:disabled { opacity: .45; cursor: default; }
   button[aria-pressed=true], .code.now { border-color: var(--lit); box-shadow: inset 0 0 0 1px var(--lit); }
   :focus-visible { outline: 3px solid #6fb3ff; outline-offset: 2px; }
   input[type=number] { width: 92px; } input[type=range] { padding: 0; width: 130px; } input[type=file] { max-width: 100%; }
   label { display: inline-flex; gap: 6px; align-items: center; }
   #codes { display: grid; grid-template-columns: repeat(auto-fill, minmax(98px, 1fr)); gap: 8px; }
-  .code { display: flex; flex-direction: column; align-items: center; gap: 3px; padding: 8px 4px; touch-action: none; user-select: none; }
+  .code { display: flex; flex-direction: column; align-items: center; gap: 3px; padding: 8px 4px; }
+  .code { touch-action: none; user-select: none; }
   .code canvas { width: 76px; height: auto; border-radius: 3px; pointer-events: none; }
   .code .arrow { font-size: 20px; line-height: 1; } .code small { color: var(--dim); font-size: 12px; }
-  kbd { background: #11131a; border: 1px solid #4a5063; border-radius: 4px; padding: 0 6px; font: 13px ui-monospace, monospace; }
-  .slot { display: flex; flex-direction: column; gap: 4px; } .slot > button:last-child { font-size: 12px; padding: 1px 4px; color: var(--dim); }
-  #message { margin: 0 0 12px; padding: 8px 12px; border-radius: 6px; background: #4a1d24; border: 1px solid #b84a5a; max-width: 1240px; }
+  kbd { background: #11131a; border: 1px solid var(--edge); border-radius: 4px; padding: 0 6px; font: 13px monospace; }
+  .slot { display: flex; flex-direction: column; gap: 4px; }
+  .slot > button:last-child { font-size: 12px; padding: 1px 4px; color: var(--dim); }
+  #message { margin: 0 0 12px; padding: 8px 12px; border-radius: 6px; max-width: 1240px; }
+  #message { background: #4a1d24; border: 1px solid #b84a5a; }
   #message:empty { display: none; } #message.note { background: #1d3350; border-color: #4a7fb8; }
   #sketch { width: 240px; height: auto; cursor: crosshair; border: 1px solid var(--line); touch-action: none; }
   .swatch { width: 26px; height: 26px; padding: 0; } details summary { cursor: pointer; } p { margin: 4px 0; color: var(--dim); }
@@ -96,27 +103,35 @@ PAGE = r"""<!doctype html>
   </section>
   <section>
     <h2>Begin from</h2>
-    <div class="row"><label><span id="films">held-out level</span> <input type="number" id="number" min="0" value="0" style="width:78px"></label>
-      <button id="go">Begin</button></div>
-    <div class="row"><label>a picture <input type="file" id="file" accept="image/png,image/jpeg,image/gif,image/bmp,image/webp"></label></div>
+    <div class="row">
+      <label><span id="films">held-out level</span> <input type="number" id="number" min="0" value="0" style="width:78px"></label>
+      <button id="go">Begin</button>
+    </div>
+    <div class="row"><label>a picture <input type="file" id="file" accept="image/*"></label></div>
     <details id="drawing"><summary>a sketch</summary>
       <canvas id="sketch" aria-label="sketch: draw with the pointer" style="margin-top:8px"></canvas>
       <div class="row" id="swatches" style="margin-top:8px" role="group" aria-label="colours"></div>
-      <div class="row"><label>brush <input type="range" id="brush" min="1" max="16" value="4" style="width:90px"></label>
-        <input type="color" id="colour" value="#e04040" aria-label="a colour of your own" style="padding:1px;width:40px"></div>
-      <div class="row"><button id="fill">Fill</button><button id="copy">Copy this frame</button><button id="draw">Begin from it</button></div>
+      <div class="row">
+        <label>brush <input type="range" id="brush" min="1" max="16" value="4" style="width:90px"></label>
+        <input type="color" id="colour" value="#e04040" aria-label="a colour of your own" style="padding:1px;width:40px">
+      </div>
+      <div class="row">
+        <button id="fill">Fill</button><button id="copy">Copy this frame</button><button id="draw">Begin from it</button>
+      </div>
     </details>
   </section>
   <section>
     <h2>Keep</h2>
-    <div class="row"><a href="/played.gif" download>film (GIF)</a> <a href="/played.npz" download>frames, codes and seed (npz)</a></div>
+    <div class="row">
+      <a href="/played.gif" download>film (GIF)</a> <a href="/played.npz" download>frames, codes and seed (npz)</a>
+    </div>
   </section>
 </div>
 </main>
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
-let about, now, mode = "step", busy = false, paused = false, following = false;
+let about, now, mode = "step", busy = false, paused = false, running = false, following = false;
 let held = [], last = null, keys = {}, binding = null, films = [], times = [];
 
 // --- talking to the program
@@ -133,7 +148,7 @@ async function ask(path, options) {
 }
 
 async function request(path, body, kind) {
-  if (busy) return false;
+  while (busy) await sleep(10);
   busy = true;
   try { show(await ask(path, {method: "POST", headers: {"Content-Type": kind}, body})); say(""); return true; }
   catch (error) { say(error.message); halt(); return false; }
@@ -149,7 +164,8 @@ async function upload(blob) {
   if (await request("/picture", blob, "application/octet-stream")) legend();
 }
 
-async function idle() { halt(); while (busy) await new Promise(done => setTimeout(done, 10)); }
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+async function idle() { halt(); while (busy || running) await sleep(10); }
 
 // --- showing
 
@@ -171,13 +187,13 @@ function show(state) {
   paint($("frame"), frame);
   paint($("true"), real || new Uint8Array(frame.length));
   paint($("apart"), real ? frame.map((x, i) => Math.abs(x - real[i])) : new Uint8Array(frame.length));
-  $("word").textContent = !real ? "nothing true to compare with" : !state.word ? (state.to_follow || !about.game ? "the real film" : "the true game")
-    : state.word;
+  $("word").textContent = !real ? "nothing true to compare with" : state.word || (about.game ? "the true game" : "the real film");
   $("under").textContent = `${state.prompt}, frame ${state.time}` + (state.code === null ? "" : `, code ${state.code}`);
   for (const [i, slot] of [...$("codes").children].entries()) slot.firstChild.classList.toggle("now", i === state.code);
   $("undo").disabled = !state.can_undo;
   $("follow").disabled = !state.to_follow;
-  $("temperature").value = state.temperature; $("shown").textContent = state.temperature ? state.temperature.toFixed(1) : "0 (likeliest)";
+  $("temperature").value = state.temperature;
+  $("shown").textContent = state.temperature ? state.temperature.toFixed(1) : "0 (likeliest)";
   for (const name of ["steps", "seed"]) if (document.activeElement !== $(name)) $(name).value = state[name];
   if (state.number !== null && document.activeElement !== $("number")) $("number").value = state.number;
   if (state.held) hold_films(state.held);
@@ -190,7 +206,8 @@ function overlay() {
   canvas.style.aspectRatio = `${about.width} / ${about.height}`;
   const pen = canvas.getContext("2d");
   pen.clearRect(0, 0, canvas.width, canvas.height);
-  if (sure) sure.forEach((row, y) => row.forEach((p, x) => { pen.fillStyle = `rgba(255, 0, 120, ${0.75 * (1 - p)})`; pen.fillRect(x, y, 1, 1); }));
+  const mark = (p, x, y) => { pen.fillStyle = `rgba(255, 0, 120, ${0.75 * (1 - p)})`; pen.fillRect(x, y, 1, 1); };
+  if (sure) sure.forEach((row, y) => row.forEach((p, x) => mark(p, x, y)));
 }
 
 function clock(ms) {
@@ -206,7 +223,8 @@ function hold_films(texts) { films = texts.map(film => film.map(bytes)); tick_fi
 let turn = 0;
 function tick_films() {
   const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  films.forEach((film, i) => paint($("codes").children[i].querySelector("canvas"), film[still ? film.length - 1 : turn % film.length]));
+  const canvas = i => $("codes").children[i].querySelector("canvas");
+  films.forEach((film, i) => paint(canvas(i), film[still ? film.length - 1 : turn % film.length]));
 }
 setInterval(() => { turn += 1; tick_films(); }, 400);
 
@@ -240,7 +258,10 @@ function make_codes() {
   label_keys();
 }
 
-async function legend() { if (await act({do: "hold"})) $("legendwords").textContent = `held for ${films[0].length} frames from frame ${now.time}`; }
+async function legend() {
+  if (!await act({do: "hold"})) return;
+  $("legendwords").textContent = `films: each held for ${films[0].length} frames from frame ${now.time}. ${about.legend}`;
+}
 
 // --- time
 
@@ -251,7 +272,9 @@ function press(code) {
 }
 function release(code) { held = held.filter(other => other !== code); }
 function halt() { held = []; following = false; if (mode === "free") pause(true); }
-function pause(on) { paused = on; $("pause").disabled = mode !== "free"; $("pause").firstChild.textContent = on ? "Run " : "Pause "; }
+function pause(on) {
+  paused = on; $("pause").disabled = mode !== "free"; $("pause").firstChild.textContent = on ? "Run " : "Pause ";
+}
 
 async function one(code) { if (await act({do: "step", code})) clock(now.ms); }
 
@@ -261,7 +284,6 @@ function next() {
   return mode === "free" && !paused && last !== null ? {do: "step", code: last} : null;
 }
 
-let running = false;
 async function run() {
   if (running) return;
   running = true; times = [];
@@ -269,7 +291,7 @@ async function run() {
     const began = performance.now();
     if (await act(value)) clock(now.ms);
     const wait = 1000 / Math.max(1, Number($("fps").value) || 8) - (performance.now() - began);
-    await new Promise(done => setTimeout(done, Math.max(0, wait)));
+    await sleep(Math.max(0, wait));
   }
   running = false; following = false;
 }
@@ -310,10 +332,19 @@ $("hold").addEventListener("click", async () => { await idle(); legend(); });
 $("random").addEventListener("click", () => { last = Math.floor(Math.random() * about.codes); following = false; one(last); });
 $("follow").addEventListener("click", () => { following = true; run(); });
 for (const name of ["temperature", "steps", "seed"])
-  $(name).addEventListener("change", async () => { await idle(); await act({do: "set", [name]: Number($(name).value)}) || ask("/state").then(show); });
-$("go").addEventListener("click", async () => { await idle(); if (await act({do: "film", number: Number($("number").value)})) legend(); });
+  $(name).addEventListener("change", async () => {
+    await idle();
+    if (!await act({do: "set", [name]: Number($(name).value)})) $(name).value = now[name];
+  });
+$("go").addEventListener("click", async () => {
+  await idle();
+  if (await act({do: "film", number: Number($("number").value)})) legend();
+});
 $("number").addEventListener("keydown", event => { if (event.key === "Enter") $("go").click(); });
-$("file").addEventListener("change", async () => { if ($("file").files.length) await upload($("file").files[0]); $("file").value = ""; });
+$("file").addEventListener("change", async () => {
+  if ($("file").files.length) await upload($("file").files[0]);
+  $("file").value = "";
+});
 $("unsure").addEventListener("change", overlay);
 
 // --- the sketch

@@ -65,9 +65,11 @@ def describe_codes(infer: Callable, source: Source, num_codes: int, num: int) ->
     np.add.at(table, (np.asarray(infer(clips.frames)), np.asarray(clips.change)), 1)
     used = table.sum(1)
     if not source.game:
-        return {"arrows": [""] * num_codes, "words": [f"in {100 * n / used.sum():.0f} % of frames" for n in used]}
+        words = [f"{100 * n / used.sum():.0f} %" for n in used]
+        return {"arrows": [""] * num_codes, "words": words, "legend": f"Share: how often it was inferred in {num} held-out clips."}
     share = table / np.maximum(used[:, None], 1)
     best = (share - table.sum(0) / table.sum()).argmax(1)
     arrows = [source.game.arrows[i] if n else "" for i, n in zip(best, used, strict=True)]
     words = [f"{100 * row[i]:.0f} % of {n:.0f}" if n else "never seen" for row, i, n in zip(share, best, used, strict=True)]
-    return {"arrows": arrows, "words": words}
+    legend = f"Arrow: how things most often moved, beyond chance, where it was inferred in {num} held-out clips."
+    return {"arrows": arrows, "words": words, "legend": legend}
