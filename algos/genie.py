@@ -7,7 +7,7 @@ who picks codes plays the world. What counts is whether frames obey the codes: D
 Run:     python algos/genie.py all        (the tokenizer, then the latent actions and the dynamics together)
          python algos/genie.py play --load runs/genie/1         (a page on this machine, to play what was learned)
          python algos/genie.py sample --load runs/genie/1       (each code held from held-out frames: a film)
-         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data videos.npz learns from your own
+         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data FOLDER or videos.npz learns from your own
 
 Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 
@@ -62,9 +62,10 @@ class Config(RunConfig):
     port: int = 8000
     """Where `play` serves its page, on this machine only; 0: any port that is free."""
     data: str = "coinrun"
-    """Where clips come from: coinrun, dots, or an .npz of videos, uint8 (videos, frames, height, width, 3)."""
+    """Where clips come from: coinrun, dots, an .npz of videos, uint8 (videos, frames, height, width, 3), or a folder of .gif or
+    .mp4 files (`pip install 'nightjax[video]'` for all but .gif)."""
     size: int = 64
-    """Height and width of the frames of dots, in pixels."""
+    """Height and width in pixels of the frames of dots, and of a folder's videos, which are cut to a square and scaled."""
     num_levels: int = 10_000
     """CoinRun's levels to learn from; those to test on come after them."""
     sticky: float = 0.0

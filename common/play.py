@@ -19,7 +19,7 @@ import numpy as np
 
 from common.config import UsageError, require
 from common.play_page import PAGE
-from common.plot import write_gif
+from common.plot import fit_image, write_gif
 from common.stop import StopSignal
 
 MAX_UPLOAD, MAX_DRAINED, MAX_PIXELS = 8 << 20, 64 << 20, 25_000_000  # bytes taken; bytes read away to answer at all; of a picture
@@ -93,7 +93,7 @@ def read_picture(data: bytes, shape: tuple[int, int]) -> np.ndarray:
         image = ImageOps.exif_transpose(image).convert("RGBA")
         ground = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(ground, image).convert("RGB")
-        return np.asarray(ImageOps.fit(image, shape[::-1]), np.uint8)[None]
+        return fit_image(image, shape)[None]
     except UsageError:
         raise
     except Exception as error:  # whatever a damaged or hostile file makes Pillow raise

@@ -17,6 +17,16 @@ def save_image(path: Path, image: np.ndarray) -> None:
     write_atomically(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
 
 
+def fit_image(image, shape: tuple[int, int]) -> np.ndarray:
+    """A picture of Pillow's -> (H, W, 3) uint8: its middle, cut to the shape's ratio and then scaled."""
+    height, width = shape
+    scale = min(image.width / width, image.height / height)
+    cut = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (image.width - cut[0]) // 2, (image.height - cut[1]) // 2
+    image = image.crop((left, top, left + cut[0], top + cut[1])).convert("RGB")  # first: scaling looks beyond the edge of a cut
+    return np.asarray(image.resize((width, height), 2), np.uint8)  # bilinear: no ringing
+
+
 def write_gif(file: BinaryIO, frames: np.ndarray, fps: int) -> None:
     """Writes (T, H, W, 3) uint8 frames as a looping GIF."""
     from PIL import Image

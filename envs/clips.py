@@ -6,6 +6,7 @@ A source gives clips of frames (num, T, H, W, 3) uint8 and, for evaluation only,
 import zipfile
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
+from common.config import UsageError, require
 from common.env import select
+from common.plot import fit_image
 from envs.coinrun import PIXELS, CoinRun, EnvParams
 
 MOVES = np.array([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]], np.int32)  # the dot: stay, left, right, up, down (rows down, columns)
 POOL, HELD_OUT_LEVELS, LEAD = 256, 64, 128  # games going on; levels tested on; the most steps played before a game's first clip
 HELD_OUT = 0.1  # share of one's own videos, the last ones
+VIDEO_FILES, MAX_BYTES = (".mp4", ".webm", ".mov", ".avi", ".mkv"), 1 << 30  # of all frames: they are part of the compiled program
 
 
 class Clips(NamedTuple):
@@ -56,10 +59,10 @@ class Source(NamedTuple):
 
 
 def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
-    """`coinrun`, `dots`, or the path of an .npz of videos. Raises UsageError for a file that holds none."""
+    """`coinrun`, `dots`, or the path of an .npz or a folder of videos. Raises UsageError for one that holds none."""
     if data == "coinrun":
         return coinrun(num_frames, num_levels, sticky)
-    return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames)
+    return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames, size)
 
 
 # --- CoinRun
@@ -209,41 +212,111 @@ def play_at_random(key, game: Game, level, num_frames: int, sticky: float):
 # --- videos of one's own
 
 
-def load_videos(path: Path, num_frames: int) -> np.ndarray:
-    """The first array of an .npz file, which must be (videos, frames, H, W, 3) uint8 with at least `num_frames` frames each.
+class Videos(NamedTuple):
+    """Videos end to end."""
+
+    frames: np.ndarray  # (F, H, W, 3) uint8
+    lengths: np.ndarray  # (V,) of each video; they add up to F
+
+
+def load_videos(path: Path, num_frames: int, size: int) -> Videos:
+    """An .npz file's first array, (videos, frames, H, W, 3) uint8; or a folder's .gif and video files, the middle square scaled to
+    `size`. At least two videos of at least `num_frames` frames each.
 
     Raises UsageError, one line, for anything else.
     """
-    require(path.exists(), f"--data {path}: there is no such file; give dots, or an .npz of videos")
+    require(path.exists(), f"--data {path}: there is no such file; give dots, an .npz of videos, or a folder of .gif or .mp4 files")
+    found = read_folder(path, size) if path.is_dir() else read_npz(path)
+    what = f"--data {path}"
+    require(len(found.lengths) >= 2, f"{what}: at least two videos are needed, one of them to test on")
+    shortest = found.lengths.min()
+    require(shortest >= num_frames, f"{what}: a video has {shortest} frames: at least --num-frames {num_frames} are needed")
+    require_fits(path, found.frames.nbytes)
+    return found
+
+
+def require_fits(path: Path, num_bytes: int) -> None:
+    """Raises UsageError for more frames than can be held."""
+    words = f"--data {path}: holds over {MAX_BYTES >> 20} MB of frames: take fewer, or smaller ones"
+    require(num_bytes <= MAX_BYTES, words)
+
+
+def read_npz(path: Path) -> Videos:
+    """Videos of one length."""
     try:
         with np.load(path, allow_pickle=False) as held:
             name = held.files[0]
             found = held[name]
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile, AttributeError) as error:
-        require(False, f"--data {path}: not an .npz file of arrays ({error})")
-    what = f"--data {path}: {name} is {found.dtype} {list(found.shape)}"
+    except (OSError, ValueError, IndexError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        require(False, f"--data {path}: not an .npz file of arrays ({first_line_of(error)})")
     fits = found.ndim == 5 and found.shape[-1] == 3 and found.dtype == np.uint8
+    what = f"--data {path}: {name} is {found.dtype} {list(found.shape)}"
     require(fits, f"{what}: must be uint8 (videos, frames, height, width, 3)")
-    require(found.shape[1] >= num_frames, f"{what}: videos need at least --num-frames {num_frames} frames")
-    require(len(found) >= 2, f"{what}: at least two videos are needed, one of them to test on")
-    return found
+    return Videos(found.reshape(-1, *found.shape[2:]), np.full(found.shape[0], found.shape[1]))
 
 
-def videos(path: Path, num_frames: int) -> Source:
-    """Clips that begin anywhere in any of a file's videos; the last tenth of the videos (at least one) is held out."""
-    found = load_videos(path, num_frames)
-    num_held = max(1, int(HELD_OUT * len(found)))
-    last = found.shape[1] - num_frames
+def read_folder(folder: Path, size: int) -> Videos:
+    """A folder's videos, by name."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".gif", *VIDEO_FILES))
+    require(paths, f"--data {folder}: holds no {', '.join(('.gif', *VIDEO_FILES))} file")
+    videos = []
+    for path in paths:
+        videos.append(read_video(path, size))
+        require_fits(folder, sum(video.nbytes for video in videos))
+    return Videos(np.concatenate(videos), np.array([len(video) for video in videos]))
 
-    def cut(key, low, high, num):
-        held = jnp.asarray(found)
-        key_video, key_start = jax.random.split(key)
-        video = jax.random.randint(key_video, (num,), low, high)
-        start = jax.random.randint(key_start, (num,), 0, last + 1)
-        frames = held[video[:, None], start[:, None] + jnp.arange(num_frames)]
+
+def read_video(path: Path, size: int) -> np.ndarray:
+    """A file's frames (T, size, size, 3) uint8. Raises UsageError where it cannot be read."""
+    read = read_gif if path.suffix.lower() == ".gif" else read_with_ffmpeg
+    most = MAX_BYTES // (3 * size * size) + 1  # so many that they do not fit
+    try:
+        frames = [fit_image(image, (size, size)) for image in islice(read(path), most)]
+    except ImportError as error:
+        raise UsageError(f"--data {path}: needs a reader of videos: pip install 'nightjax[video]'") from error
+    except Exception as error:  # whatever a damaged file makes Pillow or ffmpeg raise
+        raise UsageError(f"--data {path}: cannot be read as a video ({first_line_of(error)})") from error
+    require(frames, f"--data {path}: holds no frames")
+    return np.stack(frames)
+
+
+def read_gif(path: Path):
+    """Yields a GIF's frames as RGB images."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path, formats=("GIF",)) as film:
+        for frame in ImageSequence.Iterator(film):
+            yield frame.convert("RGB")
+
+
+def read_with_ffmpeg(path: Path):
+    """Yields a video's frames as RGB images."""
+    import imageio_ffmpeg  # of the extra `video`
+    from PIL import Image
+
+    frames = imageio_ffmpeg.read_frames(str(path.resolve()))
+    shape = next(frames)["size"]
+    for frame in frames:
+        yield Image.frombytes("RGB", shape, frame)
+
+
+def first_line_of(error: Exception) -> str:
+    """What an error says, or what kind it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def videos(path: Path, num_frames: int, size: int) -> Source:
+    """Clips that begin anywhere in any of the videos; the last tenth of the videos (at least one) is held out."""
+    found = load_videos(path, num_frames, size)
+    first = np.cumsum(found.lengths) - found.lengths
+    num_held = max(1, int(HELD_OUT * len(first)))
+    starts = [begin + np.arange(length - num_frames + 1) for begin, length in zip(first, found.lengths, strict=True)]
+    train, held = np.concatenate(starts[:-num_held]), np.concatenate(starts[-num_held:])
+
+    def cut(key, starts, num):
+        start = jax.random.choice(key, jnp.asarray(starts), (num,))
+        frames = jnp.asarray(found.frames)[start[:, None] + jnp.arange(num_frames)]
         return Clips(frames, jnp.zeros((num, num_frames - 1), jnp.int32))
 
-    def draw(key, world, num):
-        return cut(key, 0, len(found) - num_held, num), world
-
-    return Source(found.shape[2:4], 1, lambda key: (), draw, lambda key, num: cut(key, len(found) - num_held, len(found), num))
+    draw = lambda key, world, num: (cut(key, train, num), world)
+    return Source(found.frames.shape[1:3], 1, lambda key: (), draw, lambda key, num: cut(key, held, num))

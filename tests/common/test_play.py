@@ -179,7 +179,7 @@ def test_pictures_are_cut_in_the_middle_and_scaled():
     np.testing.assert_array_equal(read_picture(encoded(Image.fromarray(exact)), SHAPE)[0], exact)
     wide = np.zeros((80, 400, 3), np.uint8)
     wide[:, 140:260] = (255, 0, 0)  # the middle 120 of 400 columns have the shape's ratio
-    assert (read_picture(encoded(Image.fromarray(wide)), SHAPE)[0, :, 1:-1] == (255, 0, 0)).all()
+    assert (read_picture(encoded(Image.fromarray(wide)), SHAPE)[0] == (255, 0, 0)).all()
     clear = Image.new("RGBA", (24, 16), (0, 0, 0, 0))
     assert (read_picture(encoded(clear), SHAPE) == 255).all()
     for kind in ("JPEG", "GIF", "BMP", "WEBP"):
