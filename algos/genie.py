@@ -5,8 +5,9 @@ what changed between frames. A masked transformer (MaskGIT) predicts the next fr
 who picks codes plays the world. What counts is whether frames obey the codes: Delta_4 PSNR, the PSNR lost when codes are random.
 
 Run:     python algos/genie.py all        (the tokenizer, then the latent actions and the dynamics together)
+         python algos/genie.py play --load runs/genie/1         (a page on this machine, to play what was learned)
          python algos/genie.py sample --load runs/genie/1       (each code held from held-out frames: a film)
-         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data videos.npz learns from your own
+         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data FOLDER or videos.npz learns from your own
 
 Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 
@@ -40,9 +41,11 @@ from common.config import RunConfig, cli, require, require_range
 from common.devices import shard_batch
 from common.files import new_or_newest
 from common.nn import dense, init_dense, orthogonal
+from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.plot import save_gif
 from common.run import Train, begin, faults_in_one_line, nothing_like, run
 from envs.clips import Source, make_source
+from envs.true_game import describe_codes, truth_of
 
 Kind = Literal["st_vivit", "vit", "c_vivit"]
 
@@ -51,14 +54,18 @@ Kind = Literal["st_vivit", "vit", "c_vivit"]
 class Config(RunConfig):
     """Genie's settings; the defaults are the CoinRun case study's (tables 15 to 17)."""
 
-    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample"]] = "all"
-    """What to train: all, or one part (`dynamics` trains the latent actions with it); or `sample`: a film of a trained run."""
+    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample", "play"]] = "all"
+    """What to train: all, or one part (`dynamics` trains the latent actions with it); or what to do with a trained run: `sample`,
+    a film of it; `play`, a page on which a person plays it."""
     load: str | None = None
-    """A run's folder, whose parameters to begin with. Default for `dynamics` and `sample`: the newest run."""
+    """A run's folder, whose parameters to begin with. Default for `dynamics`, `sample` and `play`: the newest run."""
+    port: int = 8000
+    """Where `play` serves its page, on this machine only; 0: any port that is free."""
     data: str = "coinrun"
-    """Where clips come from: coinrun, dots, or an .npz of videos, uint8 (videos, frames, height, width, 3)."""
+    """Where clips come from: coinrun, dots, an .npz of videos, uint8 (videos, frames, height, width, 3), or a folder of .gif or
+    .mp4 files (`pip install 'nightjax[video]'` for all but .gif)."""
     size: int = 64
-    """Height and width of the frames of dots, in pixels."""
+    """Height and width in pixels of the frames of dots, and of a folder's videos, which are cut to a square and scaled."""
     num_levels: int = 10_000
     """CoinRun's levels to learn from; those to test on come after them."""
     sticky: float = 0.0
@@ -151,10 +158,14 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused")):
+        for name in (
+            field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused", "port")
+        ):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2")
-        require_range(self, 0, 1000, "beta", "weight_decay", "temperature")
+        require_range(self, 0, 1000, "beta", "weight_decay")
+        require_range(self, 0, MAX_TEMPERATURE, "temperature")
+        require_range(self, 0, 65535, "port")
         for name in ("tokenizer_width", "lam_width", "dynamics_width"):
             width = getattr(self, name)
             require(width % (2 * self.heads) == 0, f"--{name.replace('_', '-')} {width}: must be a multiple of 2 * heads")
@@ -521,30 +532,34 @@ def dynamics_loss(params, key, tokens, codes, config: Config):
 # --- sampling (section 2.2)
 
 
-def sample_frame(key, params, cache: Cache, action, config: Config):
-    """Draws one frame after those in the cache, given the code (B, code_dim) that leads to it -> tokens (B, N), the new cache.
+def sample_frame(key, params, cache: Cache, action, config: Config, temperature=None, steps=None):
+    """Draws one frame after those in the cache, given the code (B, code_dim) that leads to it; None: the config's own numbers.
 
+    -> tokens (B, N), the new cache, the probability that each token had when it was drawn (B, N).
     MaskGIT (2202.04200): in every step all hidden tokens are drawn, and the surest are kept, a cosine's share.
     """
-    num, steps = params["space"].shape[0], config.maskgit_steps
+    temperature = config.temperature if temperature is None else temperature
+    steps = config.maskgit_steps if steps is None else steps
+    num = params["space"].shape[0]
 
     def logits_of(tokens):
         logits, new = predict_tokens(params, tokens[:, None], action[:, None], config, cache)
         return logits[:, 0], new
 
-    def step(tokens, inputs):
-        key, s = inputs
+    def step(s, carry):
+        tokens, sure = carry
         logits, _ = logits_of(tokens)
-        draw = jax.random.categorical(key, logits / max(config.temperature, 1e-6)) if config.temperature else logits.argmax(-1)
-        sure = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
-        known = tokens < config.num_codes
-        rank = jnp.where(known, -jnp.inf, -sure).argsort(-1).argsort(-1)
-        keep = jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / steps)))
-        return jnp.where(~known & (rank < keep), draw, tokens), None
+        noise = jax.random.gumbel(jax.random.fold_in(key, s), logits.shape)
+        draw = (logits + temperature * noise).argmax(-1)  # ~ softmax(logits / temperature)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
+        hidden = tokens == config.num_codes
+        rank = jnp.where(hidden, -log_p, -jnp.inf).argsort(-1).argsort(-1)
+        kept = hidden & (rank < jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / steps))))
+        return jnp.where(kept, draw, tokens), jnp.where(kept, jnp.exp(log_p), sure)
 
-    hidden = jnp.full((action.shape[0], num), config.num_codes)
-    tokens, _ = jax.lax.scan(step, hidden, (jax.random.split(key, steps), jnp.arange(1, steps + 1)))
-    return tokens, logits_of(tokens)[1]
+    start = (jnp.full((action.shape[0], num), config.num_codes), jnp.zeros((action.shape[0], num)))
+    tokens, sure = jax.lax.fori_loop(1, steps + 1, step, start)
+    return tokens, logits_of(tokens)[1], sure
 
 
 def read_prompt(params, tokens, codes, config: Config) -> Cache:
@@ -565,7 +580,7 @@ def rollout(key, params, prompt, codes, config: Config) -> jax.Array:
     cache = read_prompt(params, prompt, codes[:, :length], config)
 
     def step(cache, inputs):
-        tokens, cache = sample_frame(inputs[0], params, cache, inputs[1], config)
+        tokens, cache, _ = sample_frame(inputs[0], params, cache, inputs[1], config)
         return cache, tokens
 
     keys = jax.random.split(key, codes.shape[1] - length)
@@ -811,6 +826,82 @@ def controls(key, params, tokens, codes, shape, config: Config) -> jax.Array:
     return film.transpose(2, 0, 3, 1, 4, 5).reshape(length, rows * shape[0], actions * shape[1], 3)
 
 
+# --- playing (section 2.2)
+
+HELD = 5  # frames for which a code is held to show what it does (figure 17)
+
+
+class World(NamedTuple):
+    """Where worlds that are being played are."""
+
+    dynamics: Cache
+    decoder: Cache  # the tokenizer's
+
+
+def begin_world(params, frames, codes, config: Config):
+    """Frames (1, P, H, W, 3), the codes between them (1, P - 1) -> World, the frames as the tokenizer gives them."""
+    tokens, codebook = tokenise(params["tokenizer"], frames, config), unit(params["lam"]["codebook"])
+    dynamics = read_prompt(params["dynamics"], tokens, lead_in(codebook[codes]), config)
+    decoder = params["tokenizer"]["decoder"]
+    empty = World(dynamics, init_cache(decoder, tokenizer_spec(config), 1, tokens.shape[2]))
+    world, shown = jax.lax.scan(lambda world, z: show(params, world, z, config, frames.shape[2:4]), empty, tokens.swapaxes(0, 1))
+    return world, shown.swapaxes(0, 1)
+
+
+def show(params, world: World, tokens, config: Config, shape):
+    """Decodes the next frame, tokens (B, N) -> World, frames (B, H, W, 3) uint8."""
+    x, decoder = decode(params["tokenizer"], tokens[:, None], config, world.decoder)
+    return world._replace(decoder=decoder), to_uint8(unpatchify(x, config.patch, shape))[:, 0]
+
+
+def imagine(key, params, world: World, codes, temperature, steps, config: Config, shape):
+    """The next frame of B worlds, given codes (B,) -> World, frames (B, H, W, 3), how sure tokens are (B, N)."""
+    action = unit(params["lam"]["codebook"])[codes]
+    tokens, dynamics, sure = sample_frame(key, params["dynamics"], world.dynamics, action, config, temperature, steps)
+    return *show(params, world._replace(dynamics=dynamics), tokens, config, shape), sure
+
+
+def model_to_play(params, config: Config, shape: tuple[int, int]) -> Model:
+    """The trained parameters as the page's model."""
+    grid = (shape[0] // config.patch, shape[1] // config.patch)
+    key_of = lambda seed, time: jax.random.fold_in(jax.random.key(seed), time)
+
+    def begin(params, frames, codes):
+        world, shown = begin_world(params, frames[None], codes[None], config)
+        return world, shown[0]
+
+    def step(params, seed, time, world, code, temperature, steps):
+        world, frames, sure = imagine(key_of(seed, time), params, world, code[None], temperature, steps, config, shape)
+        return world, frames[0], sure[0].reshape(grid)
+
+    def hold(params, seed, time, world, temperature, steps):
+        worlds = jax.tree.map(lambda x: x.repeat(config.num_actions, 1) if x.ndim else x, world)
+        codes = jnp.arange(config.num_actions)
+        one = lambda worlds, key: imagine(key, params, worlds, codes, temperature, steps, config, shape)[:2]
+        return jax.lax.scan(one, worlds, jax.random.split(key_of(seed, time), HELD))[1].swapaxes(0, 1)
+
+    infer = lambda params, frames: actions_of(params, frames[None], config)[1][0]
+    begin, step, hold, infer = (partial(jax.jit(f), params) for f in (begin, step, hold, infer))
+    begin_from = lambda frames, codes: begin(frames, np.asarray(codes, np.int32))
+    return Model(shape, config.num_actions, infer, begin_from, lambda *x: step(*x[:3], np.int32(x[3]), *x[4:]), hold)
+
+
+def play(config: Config, folder: Path) -> None:
+    """Serves a page on which a person plays the first seed of the run in a folder."""
+    stop = begin(config)
+    trained, params, source = trained_run(config, folder)
+    about = {"title": f"{folder}, {trained.data}, {trained.num_actions} latent actions"}
+    with open_server(config.port) as server:
+        model = model_to_play(params, trained, source.shape)
+        infer, num = partial(jax.jit(lambda params, frames: actions_of(params, frames, trained)[1]), params), trained.num_actions
+        truth = truth_of(infer, source, num, trained.num_frames, trained.prompt_frames, trained.sticky)
+        about |= describe_codes(infer, source, num, trained.eval_clips)
+        session = Session(model, truth, about, config.temperature, config.maskgit_steps)
+        for request in ({"do": "hold"}, {"do": "step", "code": 0}, {"do": "reset"}):  # compiled before the first visit
+            session.answer(request)
+        serve(server, session, stop)
+
+
 # --- command
 
 
@@ -841,12 +932,20 @@ def starting_params(config: Config, folder: Path) -> dict:
     return {"params": params}
 
 
+def trained_run(config: Config, folder: Path) -> tuple[Config, dict, Source]:
+    """A finished run's settings (but how to sample is this config's), its first seed's parameters, its source of clips."""
+    trained, params = read_run(folder)
+    require(
+        trained.stage in ("all", "dynamics"), f"--load {folder}: trained its {trained.stage} only: train `dynamics` from it first"
+    )
+    trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
+    return trained, jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
+
+
 def sample(config: Config, folder: Path) -> None:
     """Writes a film of every code held after held-out prompts, by the first seed of the run in a folder."""
     begin(config)
-    trained, params = read_run(folder)
-    trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
-    params, source = jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
+    trained, params, source = trained_run(config, folder)
 
     @jax.jit
     def film(key):
@@ -863,10 +962,10 @@ def main(config: Config) -> None:
     """Trains a stage, or samples."""
     with faults_in_one_line():
         folder = None
-        if config.load or config.stage in ("dynamics", "sample"):
+        if config.load or config.stage in ("dynamics", "sample", "play"):
             folder = Path(config.load) if config.load else new_or_newest(Path("runs/genie"), True)
-        if config.stage == "sample":
-            return sample(config, folder)
+        if config.stage in ("sample", "play"):
+            return {"sample": sample, "play": play}[config.stage](config, folder)
     given = partial(starting_params, config, folder) if folder else None
     run(config, make_train, highlights=("psnr", "delta4_psnr"), given=given)
 

@@ -5,6 +5,8 @@ A source gives clips of frames (num, T, H, W, 3) uint8 and, for evaluation only,
 
 import zipfile
 from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
+from common.config import UsageError, require
 from common.env import select
+from common.plot import fit_image
 from envs.coinrun import PIXELS, CoinRun, EnvParams
 from envs.coinrun_expert import HOLD, make_planner
 
@@ -21,6 +24,7 @@ MOVES = np.array([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]], np.int32)  # the do
 POOL, HELD_OUT_LEVELS, LEAD = 256, 64, 128  # games going on; levels tested on; the most steps played before a game's first clip
 EXPERT_POOL, EXPERT_LEAD = 64, 48  # the same of an expert, who thinks for long and wins soon
 HELD_OUT = 0.1  # share of one's own videos, the last ones
+VIDEO_FILES, MAX_BYTES = (".mp4", ".webm", ".mov", ".avi", ".mkv"), 1 << 30  # of all frames: they are part of the compiled program
 
 
 class Clips(NamedTuple):
@@ -31,6 +35,21 @@ class Clips(NamedTuple):
     action: jax.Array  # (num, T - 1) int32
 
 
+class Game(NamedTuple):
+    """The true game behind clips, on levels never trained on, to be played beside a model of it."""
+
+    num_levels: int
+    num_actions: int
+    nothing: int  # the action that presses no key
+    arrows: tuple[str, ...]  # of every class of Clips.change
+    start: Callable[[jax.Array], Any]  # level -> state
+    step: Callable[[Any, jax.Array], tuple[Any, jax.Array]]  # state, action -> state, which of OUTCOMES
+    render: Callable[[Any], jax.Array]  # state -> (H, W, 3) uint8
+
+
+OUTCOMES = ("", "the true game is won", "the true game is lost")
+
+
 class Source(NamedTuple):
     """Where clips come from, as pure functions. `world` is what must survive from one draw to the next."""
 
@@ -39,13 +58,14 @@ class Source(NamedTuple):
     init: Callable[[jax.Array], Any]  # key -> world
     draw: Callable[[jax.Array, Any, int], tuple[Clips, Any]]  # key, world, num -> clips to train on, world
     held_out: Callable[[jax.Array, int], Clips]  # key, num -> clips never trained on
+    game: Game | None = None
 
 
 def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
-    """`coinrun`, `dots`, or the path of an .npz of videos. Raises UsageError for a file that holds none."""
+    """`coinrun`, `dots`, or the path of an .npz or a folder of videos. Raises UsageError for one that holds none."""
     if data == "coinrun":
         return coinrun(num_frames, num_levels, sticky)
-    return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames)
+    return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames, size)
 
 
 # --- CoinRun
@@ -142,77 +162,186 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
         key_begin, key_film = jax.random.split(key)
         return film(key_film, begin(key_begin, num, test), test)[0]
 
-    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, pool, train), draw, held_out)
+    def play(state, action):
+        _, state, reward, ended, _ = env.step_env(None, state, action, test)
+        return state, jnp.where(reward > 0, 1, jnp.where(ended | (state.time >= test.max_steps_in_episode), 2, 0))
+
+    at_level, render = partial(env.reset_to_level, params=test), partial(env.render, params=test)
+    game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), at_level, play, render)
+    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, pool, train), draw, held_out, game)
 
 
 # --- a world of one dot
 
 
+class Dot(NamedTuple):
+    """The world of a dot."""
+
+    place: jax.Array  # (2,) int32 row, column, in [0, 8)
+    colours: jax.Array  # (2, 3) int32: the ground's and the dot's
+
+
 def dots(num_frames: int, size: int) -> Source:
     """A square of size / 8 pixels on plain ground; an action moves it by its own size, walls stop it. `change` is the move made."""
-    cell = size // 8
+
+    def start(key) -> Dot:
+        key_place, key_colour = jax.random.split(key)
+        colours = jax.random.randint(key_colour, (2, 3), jnp.array([[0], [160]]), jnp.array([[96], [256]]))
+        return Dot(jax.random.randint(key_place, (2,), 0, 8), colours)
+
+    def step(dot: Dot, action):
+        return dot._replace(place=jnp.clip(dot.place + jnp.asarray(MOVES)[action], 0, 7)), jnp.int32(0)
+
+    def render(dot: Dot):
+        near = jnp.arange(size) // (size // 8) == dot.place[:, None]  # (2, size)
+        here = near[0][:, None] & near[1]
+        return jnp.where(here[..., None], dot.colours[1], dot.colours[0]).astype(jnp.uint8)
 
     def clip(key):
-        key_place, key_colour, key_action = jax.random.split(key, 3)
-        action = jax.random.randint(key_action, (num_frames - 1,), 0, len(MOVES))
-        start = jax.random.randint(key_place, (2,), 0, 8)
-
-        def step(place, action):
-            after = jnp.clip(place + jnp.asarray(MOVES)[action], 0, 7)
-            return after, (after, jnp.where((after == place).all(), 0, action))
-
-        _, (places, change) = jax.lax.scan(step, start, action)
-        places = jnp.concatenate([start[None], places])  # (T, 2) row, column
-        ground, dot = jax.random.randint(key_colour, (2, 3), jnp.array([[0], [160]]), jnp.array([[96], [256]]))
-        near = jnp.arange(size) // cell == places[..., None]  # (T, 2, size)
-        here = near[:, 0, :, None] & near[:, 1, None, :]
-        return jnp.where(here[..., None], dot, ground).astype(jnp.uint8), change, action
+        key_start, key_action = jax.random.split(key)
+        action, first = jax.random.randint(key_action, (num_frames - 1,), 0, len(MOVES)), start(key_start)
+        _, later = jax.lax.scan(lambda dot, action: (step(dot, action)[0],) * 2, first, action)
+        place = jnp.concatenate([first.place[None], later.place])
+        change = jnp.where((place[1:] == place[:-1]).all(1), 0, action)
+        return jnp.concatenate([render(first)[None], jax.vmap(render)(later)]), change, action
 
     def draw(key, world, num):
         return Clips(*jax.vmap(clip)(jax.random.split(key, num))), world
 
-    return Source((size, size), len(MOVES), lambda key: (), draw, lambda key, num: draw(key, (), num)[0])
+    on_level = lambda level: start(jax.random.fold_in(jax.random.key(0), level))
+    game = Game(HELD_OUT_LEVELS, len(MOVES), 0, tuple("·←→↑↓"), on_level, step, render)
+    return Source((size, size), len(MOVES), lambda key: (), draw, lambda key, num: draw(key, (), num)[0], game)
+
+
+def play_at_random(key, game: Game, level, num_frames: int, sticky: float):
+    """A random policy's film of a level -> frames (T, H, W, 3) uint8, actions (T - 1,) int32, states (T, ...); a game that ends
+    stays where it is. The policy repeats its action with probability `sticky`."""
+
+    def step(carry, key):
+        state, action, over = carry
+        key_new, key_keep = jax.random.split(key)
+        new = jax.random.randint(key_new, (), 0, game.num_actions)
+        action = jnp.where(jax.random.uniform(key_keep) < sticky, action, new)
+        after, outcome = game.step(state, action)
+        state = select(over, state, after)
+        return (state, action, over | (outcome > 0)), (state, action)
+
+    first = game.start(level)
+    carry = (first, jnp.int32(game.nothing), jnp.bool_(False))
+    _, (states, actions) = jax.lax.scan(step, carry, jax.random.split(key, num_frames - 1))
+    states = jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, states)
+    return jax.vmap(game.render)(states), actions, states
 
 
 # --- videos of one's own
 
 
-def load_videos(path: Path, num_frames: int) -> np.ndarray:
-    """The first array of an .npz file, which must be (videos, frames, H, W, 3) uint8 with at least `num_frames` frames each.
+class Videos(NamedTuple):
+    """Videos end to end."""
+
+    frames: np.ndarray  # (F, H, W, 3) uint8
+    lengths: np.ndarray  # (V,) of each video; they add up to F
+
+
+def load_videos(path: Path, num_frames: int, size: int) -> Videos:
+    """An .npz file's first array, (videos, frames, H, W, 3) uint8; or a folder's .gif and video files, the middle square scaled to
+    `size`. At least two videos of at least `num_frames` frames each.
 
     Raises UsageError, one line, for anything else.
     """
-    require(path.exists(), f"--data {path}: there is no such file; give dots, or an .npz of videos")
+    require(path.exists(), f"--data {path}: there is no such file; give dots, an .npz of videos, or a folder of .gif or .mp4 files")
+    found = read_folder(path, size) if path.is_dir() else read_npz(path)
+    what = f"--data {path}"
+    require(len(found.lengths) >= 2, f"{what}: at least two videos are needed, one of them to test on")
+    shortest = found.lengths.min()
+    require(shortest >= num_frames, f"{what}: a video has {shortest} frames: at least --num-frames {num_frames} are needed")
+    require_fits(path, found.frames.nbytes)
+    return found
+
+
+def require_fits(path: Path, num_bytes: int) -> None:
+    """Raises UsageError for more frames than can be held."""
+    words = f"--data {path}: holds over {MAX_BYTES >> 20} MB of frames: take fewer, or smaller ones"
+    require(num_bytes <= MAX_BYTES, words)
+
+
+def read_npz(path: Path) -> Videos:
+    """Videos of one length."""
     try:
         with np.load(path, allow_pickle=False) as held:
             name = held.files[0]
             found = held[name]
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile, AttributeError) as error:
-        require(False, f"--data {path}: not an .npz file of arrays ({error})")
-    what = f"--data {path}: {name} is {found.dtype} {list(found.shape)}"
+    except (OSError, ValueError, IndexError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        require(False, f"--data {path}: not an .npz file of arrays ({first_line_of(error)})")
     fits = found.ndim == 5 and found.shape[-1] == 3 and found.dtype == np.uint8
+    what = f"--data {path}: {name} is {found.dtype} {list(found.shape)}"
     require(fits, f"{what}: must be uint8 (videos, frames, height, width, 3)")
-    require(found.shape[1] >= num_frames, f"{what}: videos need at least --num-frames {num_frames} frames")
-    require(len(found) >= 2, f"{what}: at least two videos are needed, one of them to test on")
-    return found
+    return Videos(found.reshape(-1, *found.shape[2:]), np.full(found.shape[0], found.shape[1]))
 
 
-def videos(path: Path, num_frames: int) -> Source:
-    """Clips that begin anywhere in any of a file's videos; the last tenth of the videos (at least one) is held out."""
-    found = load_videos(path, num_frames)
-    num_held = max(1, int(HELD_OUT * len(found)))
-    last = found.shape[1] - num_frames
+def read_folder(folder: Path, size: int) -> Videos:
+    """A folder's videos, by name."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".gif", *VIDEO_FILES))
+    require(paths, f"--data {folder}: holds no {', '.join(('.gif', *VIDEO_FILES))} file")
+    videos = []
+    for path in paths:
+        videos.append(read_video(path, size))
+        require_fits(folder, sum(video.nbytes for video in videos))
+    return Videos(np.concatenate(videos), np.array([len(video) for video in videos]))
 
-    def cut(key, low, high, num):
-        held = jnp.asarray(found)
-        key_video, key_start = jax.random.split(key)
-        video = jax.random.randint(key_video, (num,), low, high)
-        start = jax.random.randint(key_start, (num,), 0, last + 1)
-        frames = held[video[:, None], start[:, None] + jnp.arange(num_frames)]
+
+def read_video(path: Path, size: int) -> np.ndarray:
+    """A file's frames (T, size, size, 3) uint8. Raises UsageError where it cannot be read."""
+    read = read_gif if path.suffix.lower() == ".gif" else read_with_ffmpeg
+    most = MAX_BYTES // (3 * size * size) + 1  # so many that they do not fit
+    try:
+        frames = [fit_image(image, (size, size)) for image in islice(read(path), most)]
+    except ImportError as error:
+        raise UsageError(f"--data {path}: needs a reader of videos: pip install 'nightjax[video]'") from error
+    except Exception as error:  # whatever a damaged file makes Pillow or ffmpeg raise
+        raise UsageError(f"--data {path}: cannot be read as a video ({first_line_of(error)})") from error
+    require(frames, f"--data {path}: holds no frames")
+    return np.stack(frames)
+
+
+def read_gif(path: Path):
+    """Yields a GIF's frames as RGB images."""
+    from PIL import Image, ImageSequence
+
+    with Image.open(path, formats=("GIF",)) as film:
+        for frame in ImageSequence.Iterator(film):
+            yield frame.convert("RGB")
+
+
+def read_with_ffmpeg(path: Path):
+    """Yields a video's frames as RGB images."""
+    import imageio_ffmpeg  # of the extra `video`
+    from PIL import Image
+
+    frames = imageio_ffmpeg.read_frames(str(path.resolve()))
+    shape = next(frames)["size"]
+    for frame in frames:
+        yield Image.frombytes("RGB", shape, frame)
+
+
+def first_line_of(error: Exception) -> str:
+    """What an error says, or what kind it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def videos(path: Path, num_frames: int, size: int) -> Source:
+    """Clips that begin anywhere in any of the videos; the last tenth of the videos (at least one) is held out."""
+    found = load_videos(path, num_frames, size)
+    first = np.cumsum(found.lengths) - found.lengths
+    num_held = max(1, int(HELD_OUT * len(first)))
+    starts = [begin + np.arange(length - num_frames + 1) for begin, length in zip(first, found.lengths, strict=True)]
+    train, held = np.concatenate(starts[:-num_held]), np.concatenate(starts[-num_held:])
+
+    def cut(key, starts, num):
+        start = jax.random.choice(key, jnp.asarray(starts), (num,))
+        frames = jnp.asarray(found.frames)[start[:, None] + jnp.arange(num_frames)]
         unknown = jnp.zeros((num, num_frames - 1), jnp.int32)
         return Clips(frames, unknown, unknown)
 
-    def draw(key, world, num):
-        return cut(key, 0, len(found) - num_held, num), world
-
-    return Source(found.shape[2:4], 1, lambda key: (), draw, lambda key, num: cut(key, len(found) - num_held, len(found), num))
+    draw = lambda key, world, num: (cut(key, train, num), world)
+    return Source(found.frames.shape[1:3], 1, lambda key: (), draw, lambda key, num: cut(key, held, num))

@@ -1,5 +1,6 @@
 """Genie's parts, at sizes at which a fact can be checked by hand."""
 
+import importlib.util
 from dataclasses import replace
 from functools import partial
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from algos import genie
 from algos.genie import CPU, Spec
@@ -214,3 +216,62 @@ def test_own_videos_are_cut_and_bad_ones_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="must divide frames of 16 x 16"):
         genie.make_train(replace(TINY, patch=5))
+
+
+def write_gif_of(path, colours, size=(20, 10)):
+    """A GIF whose frames are plain, but for a white column to the left and right outside of the middle square."""
+    first, *rest = [Image.new("RGB", size, "white") for _ in colours]
+    for image, colour in zip((first, *rest), colours, strict=True):
+        image.paste(colour, (5, 0, 15, 10))
+    first.save(path, save_all=True, append_images=rest, duration=100)
+
+
+def test_a_folder_of_films_is_cut_scaled_and_never_mixed(tmp_path):
+    """Films of two lengths: clips lie within one film, the last film is held out."""
+    for name, red, length in (("a", 0, 5), ("b", 100, 7), ("c", 200, 6)):
+        write_gif_of(tmp_path / f"{name}.gif", [(red + 8 * t, 0, 0) for t in range(length)])
+    (tmp_path / "notes.txt").write_text("no film")
+    source = make_source(str(tmp_path), 5, 16, 1, 0.0)
+    assert source.shape == (16, 16) and source.game is None
+    clips, _ = source.draw(jax.random.key(0), (), 60)
+    red = np.asarray(clips.frames)[..., 0].astype(int)
+    assert (red.max((2, 3)) - red.min((2, 3)) <= 4).all() and (abs(np.diff(red[:, :, 8, 8]) - 8) <= 4).all()
+    assert set(np.round(red[:, 0, 8, 8] / 4) * 4) == {0, 100, 108, 116}
+    held = np.asarray(source.held_out(jax.random.key(0), 20).frames)[:, 0, 8, 8, 0]
+    assert (held >= 198).all() and held.max() <= 210
+
+
+def test_faulty_films_are_refused_in_one_line(tmp_path, monkeypatch):
+    def refused(words, size=16):
+        with pytest.raises(UsageError) as error:
+            make_source(str(tmp_path), 5, size, 1, 0.0)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+    refused("holds no .gif, .mp4")
+    write_gif_of(tmp_path / "a.gif", [(8 * t, 0, 0) for t in range(5)])
+    refused("at least two videos")
+    write_gif_of(tmp_path / "b.gif", [(8 * t, 0, 0) for t in range(4)])
+    refused("a video has 4 frames: at least --num-frames 5")
+    write_gif_of(tmp_path / "b.gif", [(8 * t, 0, 0) for t in range(5)])
+    with monkeypatch.context() as patch:
+        patch.setattr("envs.clips.MAX_BYTES", 9 * 16 * 16 * 3)
+        refused("of frames: take fewer")
+    (tmp_path / "b.gif").write_bytes(b"no film")
+    refused("b.gif: cannot be read as a video")
+    (tmp_path / "b.gif").unlink()
+    (tmp_path / "b.MP4").write_bytes(b"no film")
+    refused("cannot be read as a video" if importlib.util.find_spec("imageio_ffmpeg") else "pip install 'nightjax[video]'")
+
+
+def test_an_mp4_is_read(tmp_path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg, of the extra `video`, is not installed")
+    for name, red in (("a", 40), ("b", 200)):
+        writer = ffmpeg.write_frames(str(tmp_path / f"{name}.mp4"), (64, 32), fps=10)
+        writer.send(None)
+        for t in range(6):
+            writer.send(np.full((32, 64, 3), (red, 8 * t, 0), np.uint8).tobytes())
+        writer.close()
+    source = make_source(str(tmp_path), 6, 16, 1, 0.0)
+    for clips, red in ((source.draw(jax.random.key(0), (), 2)[0], 40), (source.held_out(jax.random.key(0), 2), 200)):
+        frames = np.asarray(clips.frames).astype(int)
+        assert frames.shape == (2, 6, 16, 16, 3) and abs(frames[..., 0] - red).max() < 16
