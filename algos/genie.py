@@ -39,12 +39,13 @@ from tyro.conf import Positional
 from common.checkpoint import load, newest_good, read_meta
 from common.config import RunConfig, cli, require, require_range
 from common.devices import shard_batch
+from common.env import select
 from common.files import new_or_newest
 from common.nn import dense, init_dense, orthogonal
 from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.plot import save_gif
 from common.run import Train, begin, faults_in_one_line, nothing_like, run
-from envs.clips import Source, make_source
+from envs.clips import Game, Source, make_source
 from envs.true_game import describe_codes, truth_of
 
 Kind = Literal["st_vivit", "vit", "c_vivit"]
@@ -54,11 +55,11 @@ Kind = Literal["st_vivit", "vit", "c_vivit"]
 class Config(RunConfig):
     """Genie's settings; the defaults are the CoinRun case study's (tables 15 to 17)."""
 
-    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample", "play"]] = "all"
+    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample", "play", "bc"]] = "all"
     """What to train: all, or one part (`dynamics` trains the latent actions with it); or what to do with a trained run: `sample`,
-    a film of it; `play`, a page on which a person plays it."""
+    a film of it; `play`, a page on which a person plays it; `bc`, behavioural cloning of an expert by its latent actions."""
     load: str | None = None
-    """A run's folder, whose parameters to begin with. Default for `dynamics`, `sample` and `play`: the newest run."""
+    """A run's folder, whose parameters to begin with. Default for all that need one: the newest run."""
     port: int = 8000
     """Where `play` serves its page, on this machine only; 0: any port that is free."""
     data: str = "coinrun"
@@ -156,6 +157,15 @@ class Config(RunConfig):
     eval_clips: int = 64
     """Held-out clips of an evaluation."""
 
+    bc_updates: int = 100_000
+    """Learning steps of `bc` per seed."""
+    bc_batch: int = 16
+    """The expert's clips of each of them."""
+    bc_blocks: int = 12
+    """ST blocks of its policies, which are as wide as the tokenizer."""
+    labels: int = 200
+    """The expert's steps whose true actions are known, from which `bc` learns what its latent actions mean."""
+
     def __post_init__(self):
         super().__post_init__()
         for name in (
@@ -187,6 +197,7 @@ CPU = replace(
     save_every=500, num_levels=500, sticky=0.8, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2,
     decoder_blocks=2, lam_width=96, lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3,
     tokenizer_warmup=100, lr=1e-3, lr_min=1e-4, warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
+    bc_updates=600, bc_blocks=2,
 )  # fmt: skip
 
 
@@ -902,6 +913,134 @@ def play(config: Config, folder: Path) -> None:
         serve(server, session, stop)
 
 
+# --- behavioural cloning (section 3.3, appendix E)
+
+CONTEXT, AT_RANDOM = 4, 0.1  # frames that each block of a policy sees; the share of its actions that are random
+LONGEST = 500  # steps of a game when policies are tested
+
+
+class Cloning(NamedTuple):
+    """All of one seed's run of `bc`."""
+
+    params: dict  # what the loaded run learned, which stays as it is
+    policies: dict  # two, stacked: of latent actions, and the oracle, of true ones
+    opt_state: Any
+    world: Any
+    key: jax.Array
+
+
+def init_policy(key, config: Config, shape: tuple[int, int], num: int) -> dict:
+    """An ST transformer over frames, with a token where one of `num` actions is read."""
+    key_st, key_token, key_action = jax.random.split(key, 3)
+    width, pixels = config.tokenizer_width, 3 * config.patch**2
+    params = init_st(key_st, pixels, num, num_patches(shape, config.patch), width, config.bc_blocks, config)
+    token, action = 0.1 * jax.random.normal(key_token, (width,)), 0.1 * jax.random.normal(key_action, (num, width))
+    return params | {"token": token, "action": action}
+
+
+def policy(params, frames, before, config: Config, cache: Cache | None = None):
+    """pi(a_t | x_{t-3:t}, a_{<t}): frames (B, T, H, W, 3), the action before each (B, T), -1 for none -> logits (B, T, n), cache."""
+    before = jax.nn.one_hot(before, len(params["action"])) @ params["action"]
+    h = dense(params["in"], patchify(frames, config.patch)) + params["space"] + before[:, :, None]
+    token = jnp.broadcast_to(params["token"], (*h.shape[:2], 1, h.shape[-1]))
+    h, cache = st_blocks(params, jnp.concatenate([token, h], axis=2), Spec(config.heads, CONTEXT), cache)
+    return dense(params["out"], rms_norm(params["norm"], h[:, :, 0])), cache
+
+
+def cloning_loss(params, frames, actions, config: Config) -> jax.Array:
+    """Cross-entropy of actions (B, T - 1), -1 where there is none."""
+    before = jnp.pad(actions[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    log_p = jax.nn.log_softmax(policy(params, frames[:, :-1], before, config)[0])
+    picked = jax.nn.one_hot(actions, log_p.shape[-1])
+    return -(log_p * picked).sum() / jnp.maximum(picked.sum(), 1)
+
+
+def play_levels(key, game: Game, act, memory) -> jax.Array:
+    """One game on each level; act(key, frames, memory) -> actions, memory. -> (num_levels,) bool: which are won."""
+
+    def step(carry):
+        t, states, outcome, memory = carry
+        actions, memory = act(jax.random.fold_in(key, t), jax.vmap(game.render)(states), memory)
+        after, now = jax.vmap(game.step)(states, actions)
+        over = outcome > 0
+        return t + 1, jax.vmap(select)(over, states, after), jnp.where(over, outcome, now), memory
+
+    start = (0, jax.vmap(game.start)(jnp.arange(game.num_levels)), jnp.zeros(game.num_levels, jnp.int32), memory)
+    return jax.lax.while_loop(lambda carry: (carry[0] < LONGEST) & (carry[2] == 0).any(), step, start)[2] == 1
+
+
+def play_policy(key, game: Game, params, meaning, config: Config) -> jax.Array:
+    """A policy's games. `meaning` (n, keys): how often each of its actions was seen with each of the game's, which is drawn so."""
+    keys = meaning.shape[1]
+    tokens = params["space"].shape[0] + 1
+    none = jnp.full((game.num_levels, 1), -1)
+    memory = (init_cache(params, Spec(config.heads, CONTEXT), game.num_levels, tokens), none)
+
+    def act(key, frames, memory):
+        cache, before = memory
+        key_latent, key_real, key_which, key_random = jax.random.split(key, 4)
+        logits, cache = policy(params, frames[:, None], before, config, cache)
+        latent = jax.random.categorical(key_latent, logits)  # (levels, 1)
+        real = jax.random.categorical(key_real, jnp.log(meaning + 1e-6)[latent[:, 0]])
+        at_random = jax.random.uniform(key_which, real.shape) < AT_RANDOM
+        return jnp.where(at_random, jax.random.randint(key_random, real.shape, 0, keys), real), (cache, latent)
+
+    return play_levels(key, game, act, memory)
+
+
+def make_bc(config: Config) -> Train:
+    """Behavioural cloning from the latent actions of an expert's clips, and from its true ones, as pure functions of one seed."""
+    source, tx = source_of(config), optimisers(config)["world"]
+    expert, num_keys = make_source("expert", config.num_frames, config.size, config.num_levels, 0.0), source.game.num_actions
+    num = max(num_keys, config.num_actions)
+
+    def init(key):
+        key, key_params, key_policies, key_world = jax.random.split(key, 4)
+        policies = jax.vmap(lambda key: init_policy(key, config, source.shape, num))(jax.random.split(key_policies))
+        params = make_train(config).init(key_params).params
+        return Cloning(params, policies, tx.init(policies), expert.init(key_world), key)
+
+    def labelled(params, clips) -> jax.Array:
+        """Latent and true actions (2, B, T - 1), -1 where the game is over."""
+        latent = jnp.where(clips.action < 0, -1, actions_of(params, clips.frames, config)[1])
+        return jnp.stack([latent, clips.action])
+
+    def loss(policies, frames, actions):
+        losses = jax.vmap(lambda params, actions: cloning_loss(params, frames, actions, config))(policies, actions)
+        return losses.sum(), losses
+
+    def update(state: Cloning, t):
+        key, key_draw = jax.random.split(state.key)
+        clips, world = expert.draw(key_draw, state.world, config.bc_batch)
+        grads, losses = jax.grad(loss, has_aux=True)(state.policies, clips.frames, labelled(state.params, clips))
+        updates, opt_state = tx.update(grads, state.opt_state, state.policies)
+        state = state._replace(policies=optax.apply_updates(state.policies, updates), opt_state=opt_state, world=world, key=key)
+        return state, {"latent_loss": losses[0], "oracle_loss": losses[1]}
+
+    def dictionary(state: Cloning) -> jax.Array:
+        """D of appendix E, as counts (n, keys), from `labels` of the expert's steps."""
+        clips, _ = expert.draw(jax.random.key(4), state.world, -(-config.labels // (config.num_frames - 1)))
+        latent, real = (actions.reshape(-1)[: config.labels] for actions in labelled(state.params, clips))
+        return jax.nn.one_hot(latent, num).T @ jax.nn.one_hot(real, num_keys)
+
+    def evaluate(state: Cloning) -> dict:
+        key_policies, key_random, key_constant = jax.random.split(jax.random.key(5), 3)
+        meaning = dictionary(state)
+        play = lambda params, meaning: play_policy(key_policies, source.game, params, meaning, config)
+        latent, oracle = jax.vmap(play)(state.policies, jnp.stack([meaning, jnp.eye(num, num_keys)]))
+        draw = lambda key, frames, memory: (jax.random.randint(key, (len(frames),), 0, num_keys), memory)
+        right_up = lambda key, frames, memory: (jnp.full(len(frames), 8), memory)
+        won = {"latent": latent, "oracle": oracle, "random": play_levels(key_random, source.game, draw, ())}
+        won["right_up"] = play_levels(key_constant, source.game, right_up, ())
+        results = {f"won_{name}": x.mean() for name, x in won.items()}
+        for grade in (1, 2, 3):  # how hard a level is
+            here = source.game.grades == grade
+            results |= {f"won_{name}_{grade}": (x * here).sum() / here.sum() for name, x in won.items()}
+        return results | {"dictionary": meaning}
+
+    return Train(init, update, evaluate, config.num_updates)
+
+
 # --- command
 
 
@@ -942,6 +1081,18 @@ def trained_run(config: Config, folder: Path) -> tuple[Config, dict, Source]:
     return trained, jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
 
 
+def clone(config: Config, folder: Path) -> None:
+    """Trains and tests the policies of `bc`, one for each seed of the run in a folder."""
+    trained, params = read_run(folder)
+    require(trained.data == "coinrun", f"--load {folder}: has learned from {trained.data}; bc needs a run on coinrun")
+    own = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    own |= {name: getattr(config, name) for name in ("bc_updates", "bc_batch", "bc_blocks", "labels", "lr", "lr_min", "warmup")}
+    own |= {"num_updates": config.bc_updates, "num_seeds": trained.num_seeds}
+    own |= {name: min(getattr(config, name), config.bc_updates) for name in ("eval_every", "save_every")}
+    config = replace(trained, **own | {"stage": "bc"})
+    run(config, make_bc, highlights=("won_latent", "won_oracle"), given=lambda: {"params": params})
+
+
 def sample(config: Config, folder: Path) -> None:
     """Writes a film of every code held after held-out prompts, by the first seed of the run in a folder."""
     begin(config)
@@ -962,10 +1113,11 @@ def main(config: Config) -> None:
     """Trains a stage, or samples."""
     with faults_in_one_line():
         folder = None
-        if config.load or config.stage in ("dynamics", "sample", "play"):
+        done_with_a_run = {"sample": sample, "play": play, "bc": clone}
+        if config.load or config.stage in ("dynamics", *done_with_a_run):
             folder = Path(config.load) if config.load else new_or_newest(Path("runs/genie"), True)
-        if config.stage in ("sample", "play"):
-            return {"sample": sample, "play": play}[config.stage](config, folder)
+        if config.stage in done_with_a_run:
+            return done_with_a_run[config.stage](config, folder)
     given = partial(starting_params, config, folder) if folder else None
     run(config, make_train, highlights=("psnr", "delta4_psnr"), given=given)
 

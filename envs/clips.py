@@ -17,7 +17,7 @@ import numpy as np
 from common.config import UsageError, require
 from common.env import select
 from common.plot import fit_image
-from envs.coinrun import PIXELS, CoinRun, EnvParams
+from envs.coinrun import PIXELS, CoinRun, EnvParams, difficulty
 from envs.coinrun_expert import HOLD, make_planner
 
 MOVES = np.array([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]], np.int32)  # the dot: stay, left, right, up, down (rows down, columns)
@@ -32,7 +32,7 @@ class Clips(NamedTuple):
 
     frames: jax.Array  # (num, T, H, W, 3) uint8
     change: jax.Array  # (num, T - 1) int32
-    action: jax.Array  # (num, T - 1) int32
+    action: jax.Array  # (num, T - 1) int32; -1 where the game was over
 
 
 class Game(NamedTuple):
@@ -45,6 +45,7 @@ class Game(NamedTuple):
     start: Callable[[jax.Array], Any]  # level -> state
     step: Callable[[Any, jax.Array], tuple[Any, jax.Array]]  # state, action -> state, which of OUTCOMES
     render: Callable[[Any], jax.Array]  # state -> (H, W, 3) uint8
+    grades: Any = 1  # (num_levels,) int32 in [1, 3]: how hard each level is
 
 
 OUTCOMES = ("", "the true game is won", "the true game is lost")
@@ -62,9 +63,9 @@ class Source(NamedTuple):
 
 
 def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
-    """`coinrun`, `dots`, or the path of an .npz or a folder of videos. Raises UsageError for one that holds none."""
-    if data == "coinrun":
-        return coinrun(num_frames, num_levels, sticky)
+    """`coinrun`, `expert` (CoinRun well played), `dots`, or the path of an .npz or a folder of videos. Raises UsageError for one that holds none."""
+    if data in ("coinrun", "expert"):
+        return coinrun(num_frames, num_levels, sticky, data == "expert")
     return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames, size)
 
 
@@ -141,8 +142,8 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
             games, done = carry
             image = jax.vmap(env.render, (0, None))(games.state, params)
             place = jnp.stack([games.state.x, games.state.y])
-            games, done, action = step(*inputs, games, done, params)
-            return (games, done), (image, place, action)
+            games, ended, action = step(*inputs, games, done, params)
+            return (games, ended), (image, place, jnp.where(done, -1, action))
 
         carry = (games, jnp.zeros(games.plan.shape[0], bool))
         inputs = (jax.random.split(key, num_frames), jnp.arange(num_frames))
@@ -166,8 +167,9 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
         _, state, reward, ended, _ = env.step_env(None, state, action, test)
         return state, jnp.where(reward > 0, 1, jnp.where(ended | (state.time >= test.max_steps_in_episode), 2, 0))
 
+    grades = np.asarray(jax.vmap(difficulty)(num_levels + np.arange(HELD_OUT_LEVELS)))
     at_level, render = partial(env.reset_to_level, params=test), partial(env.render, params=test)
-    game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), at_level, play, render)
+    game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), at_level, play, render, grades)
     return Source((PIXELS, PIXELS), 9, lambda key: begin(key, pool, train), draw, held_out, game)
 
 
