@@ -939,7 +939,7 @@ def init_policy(key, config: Config, shape: tuple[int, int], num: int) -> dict:
 
 
 def policy(params, frames, before, config: Config, cache: Cache | None = None):
-    """pi(a_t | x_{t-3:t}, a_{<t}): frames (B, T, H, W, 3), the action before each (B, T), -1 for none -> logits (B, T, n), cache."""
+    """pi(a_t | x_{t-3:t}, a_{<t}): frames (B, T, H, W, 3), the action before each (B, T), -1: none -> logits (B, T, n), cache."""
     before = jax.nn.one_hot(before, len(params["action"])) @ params["action"]
     h = dense(params["in"], patchify(frames, config.patch)) + params["space"] + before[:, :, None]
     token = jnp.broadcast_to(params["token"], (*h.shape[:2], 1, h.shape[-1]))

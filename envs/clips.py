@@ -63,7 +63,10 @@ class Source(NamedTuple):
 
 
 def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
-    """`coinrun`, `expert` (CoinRun well played), `dots`, or the path of an .npz or a folder of videos. Raises UsageError for one that holds none."""
+    """`coinrun`, `expert` (CoinRun well played), `dots`, or the path of an .npz or a folder of videos.
+
+    Raises UsageError for a path that holds none.
+    """
     if data in ("coinrun", "expert"):
         return coinrun(num_frames, num_levels, sticky, data == "expert")
     return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames, size)
