@@ -45,6 +45,7 @@ from common.nn import dense, init_dense, orthogonal
 from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.plot import save_gif
 from common.run import Train, begin, faults_in_one_line, nothing_like, run
+from envs.clip_metrics import frechet, information, perplexity, psnr, random_features, to_uint8
 from envs.clips import Game, Source, make_source
 from envs.true_game import describe_codes, truth_of
 
@@ -386,12 +387,6 @@ def restart(key, codebook, unused, index, e, after: int):
     return jnp.where(dead[:, None], e[place], codebook), jnp.where(dead, 0, unused)
 
 
-def perplexity(index, num: int) -> jax.Array:
-    """exp of the entropy of the codes' frequencies."""
-    share = jax.nn.one_hot(index.reshape(-1), num).mean(0)
-    return jnp.exp(-(share * jnp.log(share + 1e-9)).sum())
-
-
 # --- tokenizer (section 2.1, appendix C.2)
 
 
@@ -707,11 +702,6 @@ def make_train(config: Config) -> Train:
 # --- evaluation
 
 
-def psnr(x, y) -> jax.Array:
-    """Peak signal to noise ratio in dB of frames in [0, 1], 50 at most: (..., H, W, 3) -> (...)."""
-    return -10 * jnp.log10(jnp.maximum(((x - jnp.clip(y, 0, 1)) ** 2).mean((-3, -2, -1)), 1e-5))
-
-
 def evaluate(config: Config, source: Source, state: State) -> dict:
     """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
     clips = source.held_out(jax.random.key(1), config.eval_clips)
@@ -722,7 +712,8 @@ def evaluate(config: Config, source: Source, state: State) -> dict:
         return results
     codes = actions_of(state.params, clips.frames, config)[0]
     results |= token_results(key_mask, state.params, tokens, codes, config)
-    results |= delta_psnr(key_play, state.params, clips.frames, tokens, codes, config)
+    others = source.held_out(jax.random.key(3), config.eval_clips).frames
+    results |= play_results(key_play, state.params, clips.frames, others, tokens, codes, config)
     return results | {"controls": controls(key_film, state.params, tokens[:4], codes[:4], source.shape, config)}
 
 
@@ -751,10 +742,6 @@ def tokenizer_results(params, frames, tokens, config: Config) -> dict:
     }
 
 
-def to_uint8(x) -> jax.Array:
-    return (255 * jnp.clip(x, 0, 1) + 0.5).astype(jnp.uint8)
-
-
 def lam_results(params, clips, source: Source, config: Config) -> dict:
     """How much the inferred codes help the decoder against other clips' codes, in dB; what codes say of the true change."""
     x = lam_view(params, clips.frames, config)
@@ -776,15 +763,6 @@ def lam_results(params, clips, source: Source, config: Config) -> dict:
     }
 
 
-def information(table) -> jax.Array:
-    """Mutual information over the smaller entropy, of a table of counts: 0 for independent, 1 where one tells the other."""
-    p = table / table.sum()
-    entropy = lambda q: -(q * jnp.log(q + 1e-12)).sum()
-    rows, columns = entropy(p.sum(1)), entropy(p.sum(0))
-    smaller = jnp.minimum(rows, columns)
-    return jnp.where(smaller > 1e-3, (rows + columns - entropy(p)) / smaller, 0.0)
-
-
 def token_results(key, params, tokens, codes, config: Config) -> dict:
     """Cross-entropy (nats) of the last frame's tokens, all hidden: of the dynamics; of the tokens' frequencies; of the best mixture
     of those with a copy of the frame before."""
@@ -804,26 +782,32 @@ def token_results(key, params, tokens, codes, config: Config) -> dict:
     }
 
 
-def delta_psnr(key, params, frames, tokens, codes, config: Config, draws: int = 2) -> dict:
-    """Delta_4 PSNR (section 3): PSNR of the 4th generated frame under inferred codes minus that under random ones, same key."""
+def play_results(key, params, frames, others, tokens, codes, config: Config, draws: int = 2) -> dict:
+    """Delta_4 PSNR (section 3): PSNR of the 4th generated frame under inferred codes minus that under random ones, same key.
+
+    And how far 4 generated frames lie from other clips' frames, beside how far true ones do (Frechet, random features: not FVD).
+    """
     key_draw, key_codes = jax.random.split(key)
-    prompt, frame = config.prompt_frames, config.prompt_frames + 3
-    truth, codes = frames[:, frame] / 255, codes[:, :frame]
-    codebook = unit(params["lam"]["codebook"])
+    prompt, end = config.prompt_frames, config.prompt_frames + 4
+    truth, codes = frames[:, prompt:end] / 255, codes[:, : end - 1]
+    index = jax.random.randint(key_codes, (draws, *codes.shape[:2]), 0, config.num_actions)[:, :, prompt - 1 :]
+    random = jnp.stack([codes] * draws).at[:, :, prompt - 1 :].set(unit(params["lam"]["codebook"])[index])
 
     def played(codes):
         drawn = rollout(key_draw, params["dynamics"], tokens[:, :prompt], lead_in(codes), config)
-        return psnr(truth, pixels(params, drawn, frames.shape[2:4], config)[:, frame])
+        return pixels(params, drawn, frames.shape[2:4], config)[:, prompt:]
 
-    def at_random(key):
-        index = jax.random.randint(key, codes.shape[:2], 0, config.num_actions)
-        return played(codes.at[:, prompt - 1 :].set(codebook[index][:, prompt - 1 :]))
-
-    inferred = played(codes)
-    random = jax.lax.map(at_random, jax.random.split(key_codes, draws)).mean(0)
-    delta = inferred - random
-    low = delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1)
-    return {"rollout_psnr": inferred.mean(), "delta4_psnr": delta.mean(), "delta4_psnr_low": low}
+    clips = jax.lax.map(played, jnp.concatenate([codes[None], random]))  # (1 + draws, B, 4, H, W, 3)
+    inferred, *at_random = psnr(truth[:, 3], clips[:, :, 3])
+    delta = inferred - sum(at_random) / draws
+    others = random_features(others[:, prompt:end] / 255)
+    return {
+        "rollout_psnr": inferred.mean(),
+        "delta4_psnr": delta.mean(),
+        "delta4_psnr_low": delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1),
+        "frechet": frechet(random_features(clips[0]), others),
+        "frechet_of_truth": frechet(random_features(truth), others),
+    }
 
 
 def controls(key, params, tokens, codes, shape, config: Config) -> jax.Array:
