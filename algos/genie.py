@@ -36,15 +36,17 @@ import numpy as np
 import optax
 from tyro.conf import Positional
 
-from common.checkpoint import load, newest_good, read_meta
+from common.checkpoint import load, newest_good
 from common.config import RunConfig, as_dict, cli, method_name, require, require_range
 from common.devices import shard_batch
+from common.env import select
 from common.files import new_or_newest
 from common.nn import dense, init_dense, orthogonal
 from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.plot import save_gif
 from common.run import Train, begin, faults_in_one_line, nothing_like, run
-from envs.clips import Source, make_source
+from envs.clip_metrics import frechet, information, perplexity, psnr, random_features, to_uint8
+from envs.clips import Game, Source, make_source
 from envs.true_game import describe_codes, truth_of
 
 Kind = Literal["st_vivit", "vit", "c_vivit"]
@@ -54,11 +56,11 @@ Kind = Literal["st_vivit", "vit", "c_vivit"]
 class Config(RunConfig):
     """Genie's settings; the defaults are the CoinRun case study's (tables 15 to 17)."""
 
-    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample", "play"]] = "all"
+    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample", "play", "bc"]] = "all"
     """What to train: all, or one part (`dynamics` trains the latent actions with it); or what to do with a trained run: `sample`,
-    a film of it; `play`, a page on which a person plays it."""
+    a film of it; `play`, a page on which a person plays it; `bc`, behavioural cloning of an expert by its latent actions."""
     load: str | None = None
-    """A run's folder, whose parameters to begin with. Default for `dynamics`, `sample` and `play`: the newest run."""
+    """A run's folder, whose parameters to begin with. Default for all that need one: the newest run."""
     port: int = 8000
     """Where `play` serves its page, on this machine only; 0: any port that is free."""
     data: str = "coinrun"
@@ -156,6 +158,15 @@ class Config(RunConfig):
     eval_clips: int = 64
     """Held-out clips of an evaluation."""
 
+    bc_updates: int = 100_000
+    """Learning steps of `bc` per seed."""
+    bc_batch: int = 16
+    """The expert's clips of each of them."""
+    bc_blocks: int = 12
+    """ST blocks of its policies, which are as wide as the tokenizer."""
+    labels: int = 200
+    """The expert's steps whose true actions are known, from which `bc` learns what its latent actions mean."""
+
     def __post_init__(self):
         super().__post_init__()
         for name in (
@@ -187,6 +198,7 @@ CPU = replace(
     save_every=500, num_levels=500, sticky=0.8, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2,
     decoder_blocks=2, lam_width=96, lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3,
     tokenizer_warmup=100, lr=1e-3, lr_min=1e-4, warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
+    bc_updates=600, bc_blocks=2,
 )  # fmt: skip
 
 
@@ -373,12 +385,6 @@ def restart(key, codebook, unused, index, e, after: int):
     dead = unused >= after
     place = jax.random.randint(key, unused.shape, 0, e.shape[0])
     return jnp.where(dead[:, None], e[place], codebook), jnp.where(dead, 0, unused)
-
-
-def perplexity(index, num: int) -> jax.Array:
-    """exp of the entropy of the codes' frequencies."""
-    share = jax.nn.one_hot(index.reshape(-1), num).mean(0)
-    return jnp.exp(-(share * jnp.log(share + 1e-9)).sum())
 
 
 # --- tokenizer (section 2.1, appendix C.2)
@@ -696,11 +702,6 @@ def make_train(config: Config) -> Train:
 # --- evaluation
 
 
-def psnr(x, y) -> jax.Array:
-    """Peak signal to noise ratio in dB of frames in [0, 1], 50 at most: (..., H, W, 3) -> (...)."""
-    return -10 * jnp.log10(jnp.maximum(((x - jnp.clip(y, 0, 1)) ** 2).mean((-3, -2, -1)), 1e-5))
-
-
 def evaluate(config: Config, source: Source, state: State) -> dict:
     """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
     clips = source.held_out(jax.random.key(1), config.eval_clips)
@@ -711,7 +712,8 @@ def evaluate(config: Config, source: Source, state: State) -> dict:
         return results
     codes = actions_of(state.params, clips.frames, config)[0]
     results |= token_results(key_mask, state.params, tokens, codes, config)
-    results |= delta_psnr(key_play, state.params, clips.frames, tokens, codes, config)
+    others = source.held_out(jax.random.key(3), config.eval_clips).frames
+    results |= play_results(key_play, state.params, clips.frames, others, tokens, codes, config)
     return results | {"controls": controls(key_film, state.params, tokens[:4], codes[:4], source.shape, config)}
 
 
@@ -740,10 +742,6 @@ def tokenizer_results(params, frames, tokens, config: Config) -> dict:
     }
 
 
-def to_uint8(x) -> jax.Array:
-    return (255 * jnp.clip(x, 0, 1) + 0.5).astype(jnp.uint8)
-
-
 def lam_results(params, clips, source: Source, config: Config) -> dict:
     """How much the inferred codes help the decoder against other clips' codes, in dB; what codes say of the true change."""
     x = lam_view(params, clips.frames, config)
@@ -765,15 +763,6 @@ def lam_results(params, clips, source: Source, config: Config) -> dict:
     }
 
 
-def information(table) -> jax.Array:
-    """Mutual information over the smaller entropy, of a table of counts: 0 for independent, 1 where one tells the other."""
-    p = table / table.sum()
-    entropy = lambda q: -(q * jnp.log(q + 1e-12)).sum()
-    rows, columns = entropy(p.sum(1)), entropy(p.sum(0))
-    smaller = jnp.minimum(rows, columns)
-    return jnp.where(smaller > 1e-3, (rows + columns - entropy(p)) / smaller, 0.0)
-
-
 def token_results(key, params, tokens, codes, config: Config) -> dict:
     """Cross-entropy (nats) of the last frame's tokens, all hidden: of the dynamics; of the tokens' frequencies; of the best mixture
     of those with a copy of the frame before."""
@@ -793,26 +782,32 @@ def token_results(key, params, tokens, codes, config: Config) -> dict:
     }
 
 
-def delta_psnr(key, params, frames, tokens, codes, config: Config, draws: int = 2) -> dict:
-    """Delta_4 PSNR (section 3): PSNR of the 4th generated frame under inferred codes minus that under random ones, same key."""
+def play_results(key, params, frames, others, tokens, codes, config: Config, draws: int = 2) -> dict:
+    """Delta_4 PSNR (section 3): PSNR of the 4th generated frame under inferred codes minus that under random ones, same key.
+
+    And how far 4 generated frames lie from other clips' frames, beside how far true ones do (Frechet, random features: not FVD).
+    """
     key_draw, key_codes = jax.random.split(key)
-    prompt, frame = config.prompt_frames, config.prompt_frames + 3
-    truth, codes = frames[:, frame] / 255, codes[:, :frame]
-    codebook = unit(params["lam"]["codebook"])
+    prompt, end = config.prompt_frames, config.prompt_frames + 4
+    truth, codes = frames[:, prompt:end] / 255, codes[:, : end - 1]
+    index = jax.random.randint(key_codes, (draws, *codes.shape[:2]), 0, config.num_actions)[:, :, prompt - 1 :]
+    random = jnp.stack([codes] * draws).at[:, :, prompt - 1 :].set(unit(params["lam"]["codebook"])[index])
 
     def played(codes):
         drawn = rollout(key_draw, params["dynamics"], tokens[:, :prompt], lead_in(codes), config)
-        return psnr(truth, pixels(params, drawn, frames.shape[2:4], config)[:, frame])
+        return pixels(params, drawn, frames.shape[2:4], config)[:, prompt:]
 
-    def at_random(key):
-        index = jax.random.randint(key, codes.shape[:2], 0, config.num_actions)
-        return played(codes.at[:, prompt - 1 :].set(codebook[index][:, prompt - 1 :]))
-
-    inferred = played(codes)
-    random = jax.lax.map(at_random, jax.random.split(key_codes, draws)).mean(0)
-    delta = inferred - random
-    low = delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1)
-    return {"rollout_psnr": inferred.mean(), "delta4_psnr": delta.mean(), "delta4_psnr_low": low}
+    clips = jax.lax.map(played, jnp.concatenate([codes[None], random]))  # (1 + draws, B, 4, H, W, 3)
+    inferred, *at_random = psnr(truth[:, 3], clips[:, :, 3])
+    delta = inferred - sum(at_random) / draws
+    others = random_features(others[:, prompt:end] / 255)
+    return {
+        "rollout_psnr": inferred.mean(),
+        "delta4_psnr": delta.mean(),
+        "delta4_psnr_low": delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1),
+        "frechet": frechet(random_features(clips[0]), others),
+        "frechet_of_truth": frechet(random_features(truth), others),
+    }
 
 
 def controls(key, params, tokens, codes, shape, config: Config) -> jax.Array:
@@ -902,6 +897,134 @@ def play(config: Config, folder: Path) -> None:
         serve(server, session, stop)
 
 
+# --- behavioural cloning (section 3.3, appendix E)
+
+CONTEXT, AT_RANDOM = 4, 0.1  # frames that each block of a policy sees; the share of its actions that are random
+LONGEST = 500  # steps of a game when policies are tested
+
+
+class Cloning(NamedTuple):
+    """All of one seed's run of `bc`."""
+
+    params: dict  # what the loaded run learned, which stays as it is
+    policies: dict  # two, stacked: of latent actions, and the oracle, of true ones
+    opt_state: Any
+    world: Any
+    key: jax.Array
+
+
+def init_policy(key, config: Config, shape: tuple[int, int], num: int) -> dict:
+    """An ST transformer over frames, with a token where one of `num` actions is read."""
+    key_st, key_token, key_action = jax.random.split(key, 3)
+    width, pixels = config.tokenizer_width, 3 * config.patch**2
+    params = init_st(key_st, pixels, num, num_patches(shape, config.patch), width, config.bc_blocks, config)
+    token, action = 0.1 * jax.random.normal(key_token, (width,)), 0.1 * jax.random.normal(key_action, (num, width))
+    return params | {"token": token, "action": action}
+
+
+def policy(params, frames, before, config: Config, cache: Cache | None = None):
+    """pi(a_t | x_{t-3:t}, a_{<t}): frames (B, T, H, W, 3), the action before each (B, T), -1: none -> logits (B, T, n), cache."""
+    before = jax.nn.one_hot(before, len(params["action"])) @ params["action"]
+    h = dense(params["in"], patchify(frames, config.patch)) + params["space"] + before[:, :, None]
+    token = jnp.broadcast_to(params["token"], (*h.shape[:2], 1, h.shape[-1]))
+    h, cache = st_blocks(params, jnp.concatenate([token, h], axis=2), Spec(config.heads, CONTEXT), cache)
+    return dense(params["out"], rms_norm(params["norm"], h[:, :, 0])), cache
+
+
+def cloning_loss(params, frames, actions, config: Config) -> jax.Array:
+    """Cross-entropy of actions (B, T - 1), -1 where there is none."""
+    before = jnp.pad(actions[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    log_p = jax.nn.log_softmax(policy(params, frames[:, :-1], before, config)[0])
+    picked = jax.nn.one_hot(actions, log_p.shape[-1])
+    return -(log_p * picked).sum() / jnp.maximum(picked.sum(), 1)
+
+
+def play_levels(key, game: Game, act, memory) -> jax.Array:
+    """One game on each level; act(key, frames, memory) -> actions, memory. -> (num_levels,) bool: which are won."""
+
+    def step(carry):
+        t, states, outcome, memory = carry
+        actions, memory = act(jax.random.fold_in(key, t), jax.vmap(game.render)(states), memory)
+        after, now = jax.vmap(game.step)(states, actions)
+        over = outcome > 0
+        return t + 1, jax.vmap(select)(over, states, after), jnp.where(over, outcome, now), memory
+
+    start = (0, jax.vmap(game.start)(jnp.arange(game.num_levels)), jnp.zeros(game.num_levels, jnp.int32), memory)
+    return jax.lax.while_loop(lambda carry: (carry[0] < LONGEST) & (carry[2] == 0).any(), step, start)[2] == 1
+
+
+def play_policy(key, game: Game, params, meaning, config: Config) -> jax.Array:
+    """A policy's games. `meaning` (n, keys): how often each of its actions was seen with each of the game's, which is drawn so."""
+    keys = meaning.shape[1]
+    tokens = params["space"].shape[0] + 1
+    none = jnp.full((game.num_levels, 1), -1)
+    memory = (init_cache(params, Spec(config.heads, CONTEXT), game.num_levels, tokens), none)
+
+    def act(key, frames, memory):
+        cache, before = memory
+        key_latent, key_real, key_which, key_random = jax.random.split(key, 4)
+        logits, cache = policy(params, frames[:, None], before, config, cache)
+        latent = jax.random.categorical(key_latent, logits)  # (levels, 1)
+        real = jax.random.categorical(key_real, jnp.log(meaning + 1e-6)[latent[:, 0]])
+        at_random = jax.random.uniform(key_which, real.shape) < AT_RANDOM
+        return jnp.where(at_random, jax.random.randint(key_random, real.shape, 0, keys), real), (cache, latent)
+
+    return play_levels(key, game, act, memory)
+
+
+def make_bc(config: Config) -> Train:
+    """Behavioural cloning from the latent actions of an expert's clips, and from its true ones, as pure functions of one seed."""
+    source, tx = source_of(config), optimisers(config)["world"]
+    expert, num_keys = make_source("expert", config.num_frames, config.size, config.num_levels, 0.0), source.game.num_actions
+    num = max(num_keys, config.num_actions)
+
+    def init(key):
+        key, key_params, key_policies, key_world = jax.random.split(key, 4)
+        policies = jax.vmap(lambda key: init_policy(key, config, source.shape, num))(jax.random.split(key_policies))
+        params = make_train(config).init(key_params).params
+        return Cloning(params, policies, tx.init(policies), expert.init(key_world), key)
+
+    def labelled(params, clips) -> jax.Array:
+        """Latent and true actions (2, B, T - 1), -1 where the game is over."""
+        latent = jnp.where(clips.action < 0, -1, actions_of(params, clips.frames, config)[1])
+        return jnp.stack([latent, clips.action])
+
+    def loss(policies, frames, actions):
+        losses = jax.vmap(lambda params, actions: cloning_loss(params, frames, actions, config))(policies, actions)
+        return losses.sum(), losses
+
+    def update(state: Cloning, t):
+        key, key_draw = jax.random.split(state.key)
+        clips, world = expert.draw(key_draw, state.world, config.bc_batch)
+        grads, losses = jax.grad(loss, has_aux=True)(state.policies, clips.frames, labelled(state.params, clips))
+        updates, opt_state = tx.update(grads, state.opt_state, state.policies)
+        state = state._replace(policies=optax.apply_updates(state.policies, updates), opt_state=opt_state, world=world, key=key)
+        return state, {"latent_loss": losses[0], "oracle_loss": losses[1]}
+
+    def dictionary(state: Cloning) -> jax.Array:
+        """D of appendix E, as counts (n, keys), from `labels` of the expert's steps."""
+        clips, _ = expert.draw(jax.random.key(4), state.world, -(-config.labels // (config.num_frames - 1)))
+        latent, real = (actions.reshape(-1)[: config.labels] for actions in labelled(state.params, clips))
+        return jax.nn.one_hot(latent, num).T @ jax.nn.one_hot(real, num_keys)
+
+    def evaluate(state: Cloning) -> dict:
+        key_policies, key_random, key_constant = jax.random.split(jax.random.key(5), 3)
+        meaning = dictionary(state)
+        play = lambda params, meaning: play_policy(key_policies, source.game, params, meaning, config)
+        latent, oracle = jax.vmap(play)(state.policies, jnp.stack([meaning, jnp.eye(num, num_keys)]))
+        draw = lambda key, frames, memory: (jax.random.randint(key, (len(frames),), 0, num_keys), memory)
+        right_up = lambda key, frames, memory: (jnp.full(len(frames), 8), memory)
+        won = {"latent": latent, "oracle": oracle, "random": play_levels(key_random, source.game, draw, ())}
+        won["right_up"] = play_levels(key_constant, source.game, right_up, ())
+        results = {f"won_{name}": x.mean() for name, x in won.items()}
+        for grade in (1, 2, 3):  # how hard a level is
+            here = source.game.grades == grade
+            results |= {f"won_{name}_{grade}": (x * here).sum() / here.sum() for name, x in won.items()}
+        return results | {"dictionary": meaning}
+
+    return Train(init, update, evaluate, config.num_updates)
+
+
 # --- command
 
 
@@ -911,17 +1034,23 @@ def state_like(config: Config):
     return jax.eval_shape(jax.vmap(make_train(config).init), keys)
 
 
-def read_run(folder: Path) -> tuple[Config, dict]:
-    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint. Raises UsageError if there is none."""
+def find_run(folder: Path) -> tuple[Config, Path]:
+    """The settings and the newest checkpoint of a run. Raises UsageError if there is none, before any device is used."""
     found = newest_good(folder / "checkpoints")
     require(found, f"--load {folder}: there is no checkpoint")
-    settings = read_meta(found[0])["config"]
+    settings = found[1]["config"]
     try:
         config = Config(**settings)
     except TypeError:
         config = None
     require(config and as_dict(config) == settings, f"--load {folder}: is no run of this version of Genie")
-    return config, load(found[0], state_like(config)).params
+    return config, found[0]
+
+
+def read_run(folder: Path) -> tuple[Config, dict]:
+    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint."""
+    config, path = find_run(folder)
+    return config, load(path, state_like(config)).params
 
 
 def starting_params(config: Config, folder: Path) -> dict:
@@ -944,6 +1073,18 @@ def trained_run(config: Config, folder: Path) -> tuple[Config, dict, Source]:
     require(trained.stage in ("all", "dynamics"), f"--load {folder}: only its {trained.stage} was trained: give it to `dynamics`")
     trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
     return trained, jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
+
+
+def clone(config: Config, folder: Path) -> None:
+    """Trains and tests the policies of `bc`, one for each seed of the run in a folder."""
+    trained, params = read_run(folder)
+    require(trained.data == "coinrun", f"--load {folder}: has learned from {trained.data}; bc needs a run on coinrun")
+    own = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    own |= {name: getattr(config, name) for name in ("bc_updates", "bc_batch", "bc_blocks", "labels", "lr", "lr_min", "warmup")}
+    own |= {"num_updates": config.bc_updates, "num_seeds": trained.num_seeds}
+    own |= {name: min(getattr(config, name), config.bc_updates) for name in ("eval_every", "save_every")}
+    config = replace(trained, **own | {"stage": "bc"})
+    run(config, make_bc, highlights=("won_latent", "won_oracle"), given=lambda: {"params": params})
 
 
 def sample(config: Config, folder: Path) -> None:
@@ -973,10 +1114,12 @@ def main(config: Config) -> None:
     """Trains a stage, or samples."""
     with faults_in_one_line():
         folder = None
-        if config.load or config.stage in ("dynamics", "sample", "play"):
+        done_with_a_run = {"sample": sample, "play": play, "bc": clone}
+        if config.load or config.stage in ("dynamics", *done_with_a_run):
             folder = Path(config.load) if config.load else newest_run()
-        if config.stage in ("sample", "play"):
-            return {"sample": sample, "play": play}[config.stage](config, folder)
+            find_run(folder)
+        if config.stage in done_with_a_run:
+            return done_with_a_run[config.stage](config, folder)
     given = partial(starting_params, config, folder) if folder else None
     run(config, make_train, highlights=("psnr", "delta4_psnr"), given=given)
 

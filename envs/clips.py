@@ -17,19 +17,22 @@ import numpy as np
 from common.config import UsageError, require
 from common.env import select
 from common.plot import fit_image
-from envs.coinrun import PIXELS, CoinRun, EnvParams
+from envs.coinrun import PIXELS, CoinRun, EnvParams, difficulty
+from envs.coinrun_expert import HOLD, make_planner
 
 MOVES = np.array([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]], np.int32)  # the dot: stay, left, right, up, down (rows down, columns)
 POOL, HELD_OUT_LEVELS, LEAD = 256, 64, 128  # games going on; levels tested on; the most steps played before a game's first clip
+EXPERT_POOL, EXPERT_LEAD = 64, 48  # the same of an expert, who thinks for long and wins soon
 HELD_OUT = 0.1  # share of one's own videos, the last ones
 VIDEO_FILES, MAX_BYTES = (".mp4", ".webm", ".mov", ".avi", ".mkv"), 1 << 30  # of all frames: they are part of the compiled program
 
 
 class Clips(NamedTuple):
-    """Frames, and the class of every transition (zeros where it is not known)."""
+    """Frames, and the class and the cause of every transition (zeros where they are not known)."""
 
     frames: jax.Array  # (num, T, H, W, 3) uint8
     change: jax.Array  # (num, T - 1) int32
+    action: jax.Array  # (num, T - 1) int32; -1 where the game was over
 
 
 class Game(NamedTuple):
@@ -42,6 +45,7 @@ class Game(NamedTuple):
     start: Callable[[jax.Array], Any]  # level -> state
     step: Callable[[Any, jax.Array], tuple[Any, jax.Array]]  # state, action -> state, which of OUTCOMES
     render: Callable[[Any], jax.Array]  # state -> (H, W, 3) uint8
+    grades: Any = 1  # (num_levels,) int32 in [1, 3]: how hard each level is
 
 
 OUTCOMES = ("", "the true game is won", "the true game is lost")
@@ -59,9 +63,12 @@ class Source(NamedTuple):
 
 
 def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
-    """`coinrun`, `dots`, or the path of an .npz or a folder of videos. Raises UsageError for one that holds none."""
-    if data == "coinrun":
-        return coinrun(num_frames, num_levels, sticky)
+    """`coinrun`, `expert` (CoinRun well played), `dots`, or the path of an .npz or a folder of videos.
+
+    Raises UsageError for a path that holds none.
+    """
+    if data in ("coinrun", "expert"):
+        return coinrun(num_frames, num_levels, sticky, data == "expert")
     return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames, size)
 
 
@@ -71,69 +78,88 @@ def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: 
 class Games(NamedTuple):
     """Games of CoinRun that go on from clip to clip."""
 
-    state: Any  # EnvState (POOL, ...)
-    action: jax.Array  # (POOL,) int32: the last one
+    state: Any  # EnvState (num, ...)
+    plan: jax.Array  # (num, P) int32: keys that are pressed in turn
 
 
-def coinrun(num_frames: int, num_levels: int, sticky: float) -> Source:
+def random_plan(sticky: float):
+    """A plan of one key: with probability `sticky` the last one, else any of the 15."""
+
+    def plan(key, state, last, params):
+        key_new, key_keep = jax.random.split(key)
+        return jnp.where(jax.random.uniform(key_keep) < sticky, last, jax.random.randint(key_new, (1,), 0, 15))
+
+    return plan
+
+
+def expert_plan(env: CoinRun):
+    """The first HOLD keys of an expert's plan."""
+    plan = make_planner(env)
+    return lambda key, state, last, params: plan(key, state, params)[:HOLD]
+
+
+def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = False) -> Source:
     """Hard CoinRun, levels 0 .. num_levels - 1, and the next HELD_OUT_LEVELS to test on (Genie, appendix F.1).
 
-    The policy repeats its action with probability `sticky` and else takes any of the 15. A game that ends within a clip stays at
-    its last frame, and begins anew before its next clip. `change`: in which of 9 directions the player moved, by over half a pixel.
+    The policy repeats its action with probability `sticky` and else takes any of the 15, or is an expert. A game that ends within a
+    clip stays at its last frame, and begins anew before its next clip. `change`: in which of 9 directions the player moved, by over
+    half a pixel.
     """
     env = CoinRun()
     train, test = (EnvParams(env.levels(first + np.arange(num))) for first, num in ((0, num_levels), (num_levels, HELD_OUT_LEVELS)))
+    make_plan, keys = (expert_plan(env), HOLD) if expert else (random_plan(sticky), 1)
+    pool, longest = (EXPERT_POOL, EXPERT_LEAD) if expert else (POOL, LEAD)
 
-    def act(key, games: Games) -> jax.Array:
-        key_new, key_keep = jax.random.split(key)
-        new = jax.random.randint(key_new, games.action.shape, 0, env.num_actions)
-        return jnp.where(jax.random.uniform(key_keep, new.shape) < sticky, games.action, new)
-
-    def step(key, games: Games, done, params) -> tuple[Games, jax.Array]:
-        """One step of the games that are not done."""
-        action = act(key, games)
+    def step(key, t, games: Games, done, params):
+        """Step t of the games that are not done -> games, which are done, actions. Plans are made at every `keys`-th t."""
+        anew = lambda: jax.vmap(make_plan, (0, 0, 0, None))(jax.random.split(key, len(done)), games.state, games.plan, params)
+        plan = jax.lax.cond(t % keys == 0, anew, lambda: games.plan)
+        action = plan[:, t % keys]
         _, state, _, ended, _ = jax.vmap(env.step_env, (None, 0, 0, None))(key, games.state, action, params)
         state = jax.vmap(select)(done, games.state, state)
-        return Games(state, action), done | ended | (state.time >= params.max_steps_in_episode)
+        return Games(state, plan), done | ended | (state.time >= params.max_steps_in_episode), action
+
+    def start(level, params) -> Games:
+        return Games(jax.vmap(env.reset_to_level, (0, None))(level, params), jnp.full((len(level), keys), 4))
 
     def begin(key, num, params) -> Games:
         """Games on levels of their own, each some steps from its start."""
         key_level, key_lead, key_play = jax.random.split(key, 3)
-        level = jax.random.randint(key_level, (num,), 0, params.levels.themes.shape[0])
-        lead = jax.random.randint(key_lead, (num,), 0, LEAD)
-        start = Games(jax.vmap(env.reset_to_level, (0, None))(level, params), jnp.full(num, 4))
+        lead = jax.random.randint(key_lead, (num,), 0, longest)
+        first = start(jax.random.randint(key_level, (num,), 0, params.levels.themes.shape[0]), params)
 
         def play(carry, inputs):
             games, done = carry
-            games, ended = step(inputs[0], games, done | (inputs[1] >= lead), params)
-            return (games, done | (ended & (inputs[1] < lead))), None
+            key, t = inputs
+            games, ended, _ = step(key, t, games, done | (t >= lead), params)
+            return (games, done | (ended & (t < lead))), None
 
-        carry = (start, jnp.zeros(num, bool))
-        (games, done), _ = jax.lax.scan(play, carry, (jax.random.split(key_play, LEAD), jnp.arange(LEAD)))
-        return jax.vmap(select)(done, start, games)
+        carry = (first, jnp.zeros(num, bool))
+        (games, done), _ = jax.lax.scan(play, carry, (jax.random.split(key_play, longest), jnp.arange(longest)))
+        return jax.vmap(select)(done, first, games)
 
     def film(key, games: Games, params) -> tuple[Clips, Games, jax.Array]:
         """num_frames frames of every game -> clips, games, which of them are over."""
 
-        def frame(carry, key):
+        def frame(carry, inputs):
             games, done = carry
             image = jax.vmap(env.render, (0, None))(games.state, params)
             place = jnp.stack([games.state.x, games.state.y])
-            return step(key, games, done, params), (image, place)
+            games, ended, action = step(*inputs, games, done, params)
+            return (games, ended), (image, place, jnp.where(done, -1, action))
 
-        start = (games, jnp.zeros(games.action.shape, bool))
-        (games, done), (frames, place) = jax.lax.scan(frame, start, jax.random.split(key, num_frames))
+        carry = (games, jnp.zeros(games.plan.shape[0], bool))
+        inputs = (jax.random.split(key, num_frames), jnp.arange(num_frames))
+        (games, done), (frames, place, action) = jax.lax.scan(frame, carry, inputs)
         moved = jnp.diff(place, axis=0) * (PIXELS / 13)  # (T - 1, 2, num) pixels
         way = jnp.where(jnp.abs(moved) > 0.5, jnp.sign(moved), 0).astype(jnp.int32) + 1
-        return Clips(frames.swapaxes(0, 1), (3 * way[:, 0] + way[:, 1]).T), games, done
+        return Clips(frames.swapaxes(0, 1), (3 * way[:, 0] + way[:, 1]).T, action[:-1].T), games, done
 
     def draw(key, world: Games, num):
         key_which, key_film, key_begin = jax.random.split(key, 3)
-        which = jax.random.choice(key_which, POOL, (num,), replace=False)
+        which = jax.random.choice(key_which, pool, (num,), replace=False)
         clips, games, done = film(key_film, jax.tree.map(lambda x: x[which], world), train)
-        fresh = jax.random.randint(key_begin, (num,), 0, num_levels)
-        fresh = Games(jax.vmap(env.reset_to_level, (0, None))(fresh, train), jnp.full(num, 4))
-        games = jax.vmap(select)(done, fresh, games)
+        games = jax.vmap(select)(done, start(jax.random.randint(key_begin, (num,), 0, num_levels), train), games)
         return clips, jax.tree.map(lambda old, new: old.at[which].set(new), world, games)
 
     def held_out(key, num):
@@ -144,9 +170,10 @@ def coinrun(num_frames: int, num_levels: int, sticky: float) -> Source:
         _, state, reward, ended, _ = env.step_env(None, state, action, test)
         return state, jnp.where(reward > 0, 1, jnp.where(ended | (state.time >= test.max_steps_in_episode), 2, 0))
 
-    start, render = partial(env.reset_to_level, params=test), partial(env.render, params=test)
-    game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), start, play, render)
-    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, POOL, train), draw, held_out, game)
+    grades = np.asarray(jax.vmap(difficulty)(num_levels + np.arange(HELD_OUT_LEVELS)))
+    at_level, render = partial(env.reset_to_level, params=test), partial(env.render, params=test)
+    game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), at_level, play, render, grades)
+    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, pool, train), draw, held_out, game)
 
 
 # --- a world of one dot
@@ -160,7 +187,7 @@ class Dot(NamedTuple):
 
 
 def dots(num_frames: int, size: int) -> Source:
-    """A square of size / 8 pixels on plain ground; an action moves it by its own size, walls stop it. `change` is the action."""
+    """A square of size / 8 pixels on plain ground; an action moves it by its own size, walls stop it. `change` is the move made."""
 
     def start(key) -> Dot:
         key_place, key_colour = jax.random.split(key)
@@ -179,7 +206,9 @@ def dots(num_frames: int, size: int) -> Source:
         key_start, key_action = jax.random.split(key)
         action, first = jax.random.randint(key_action, (num_frames - 1,), 0, len(MOVES)), start(key_start)
         _, later = jax.lax.scan(lambda dot, action: (step(dot, action)[0],) * 2, first, action)
-        return jnp.concatenate([render(first)[None], jax.vmap(render)(later)]), action
+        place = jnp.concatenate([first.place[None], later.place])
+        change = jnp.where((place[1:] == place[:-1]).all(1), 0, action)
+        return jnp.concatenate([render(first)[None], jax.vmap(render)(later)]), change, action
 
     def draw(key, world, num):
         return Clips(*jax.vmap(clip)(jax.random.split(key, num))), world
@@ -316,7 +345,8 @@ def videos(path: Path, num_frames: int, size: int) -> Source:
     def cut(key, starts, num):
         start = jax.random.choice(key, jnp.asarray(starts), (num,))
         frames = jnp.asarray(found.frames)[start[:, None] + jnp.arange(num_frames)]
-        return Clips(frames, jnp.zeros((num, num_frames - 1), jnp.int32))
+        unknown = jnp.zeros((num, num_frames - 1), jnp.int32)
+        return Clips(frames, unknown, unknown)
 
     draw = lambda key, world, num: (cut(key, train, num), world)
     return Source(found.frames.shape[1:3], 1, lambda key: (), draw, lambda key, num: cut(key, held, num))

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import linalg
 
 from algos import genie
 from algos.genie import CPU, Spec
 from common.config import UsageError
+from envs.clip_metrics import frechet
 from envs.clips import make_source
 
 pytestmark = pytest.mark.timeout(300)
@@ -149,7 +151,8 @@ def test_delta_psnr_is_zero_where_actions_do_nothing():
     params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), state.params)
     frames, codes = frames_of(jax.random.key(1)), jax.random.normal(jax.random.key(2), (2, 4, 8))
     tokens = jax.random.randint(jax.random.key(3), (2, 5, 4), 0, 16)
-    delta = jax.jit(lambda params: genie.delta_psnr(jax.random.key(4), params, frames, tokens, codes, config)["delta4_psnr"])
+    played = lambda params: genie.play_results(jax.random.key(4), params, frames, frames, tokens, codes, config)
+    delta = jax.jit(lambda params: played(params)["delta4_psnr"])
     assert abs(delta(params)) > 1e-3
     params["dynamics"]["action"] = jnp.zeros_like(params["dynamics"]["action"])
     assert delta(params) == 0
@@ -177,6 +180,14 @@ def test_information_and_perplexity_of_known_tables():
     assert genie.perplexity(jnp.array([0, 0, 1, 1]), 6) == pytest.approx(2, abs=1e-3)
     grey = jnp.full((8, 8, 3), 0.5)
     assert genie.psnr(grey, grey + 0.1) == pytest.approx(20, abs=1e-3)
+
+
+def test_frechet_distance_against_scipy():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 4)), rng.normal(size=(300, 4)) @ rng.normal(size=(4, 4)) + 1
+    s, s2 = np.cov(x.T), np.cov(y.T)
+    wanted = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s + s2 - 2 * linalg.sqrtm(s @ s2).real)
+    assert jax.jit(frechet)(jnp.asarray(x), jnp.asarray(y)) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_dots_move_as_the_action_says():
