@@ -15,7 +15,7 @@ from algos import genie
 from algos.genie import CPU, Spec
 from common.config import UsageError
 from envs.clip_metrics import frechet
-from envs.clips import make_source
+from envs.clips import Game, make_source
 
 pytestmark = pytest.mark.timeout(300)
 TINY = replace(
@@ -172,6 +172,25 @@ def test_no_gradient_of_the_dynamics_reaches_the_other_parts():
     alone, _ = jax.jit(genie.make_train(lam).update)(jax.jit(genie.make_train(lam).init)(jax.random.key(0)), 0)
     for a, b in zip(jax.tree.leaves(alone.params["lam"]), jax.tree.leaves(new.params["lam"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_policies_are_tried_by_what_their_actions_mean():
+    """A game that key 2 wins and all others lose at once: whoever means key 2 wins it, but for the share of random actions."""
+    over = lambda state, key: (state, jnp.where(key == 2, 1, 2))
+    game = Game(200, 3, 0, (), lambda level: jnp.int32(0), over, lambda state: jnp.zeros((*SHAPE, 3), jnp.uint8))
+    params = genie.init_policy(jax.random.key(0), TINY, SHAPE, 3)
+    play = jax.jit(lambda meaning: genie.play_policy(jax.random.key(1), game, params, meaning, TINY).mean())
+    always, never, unknown = (play(jnp.zeros((3, 3)).at[:, keys].set(5)) for keys in (2, 1, jnp.array([], int)))
+    assert 0.9 < always < 1 and 0 < never < 0.1 and 0.2 < unknown < 0.47
+
+
+def test_cloning_passes_over_what_comes_after_the_end():
+    params = genie.init_policy(jax.random.key(0), TINY, SHAPE, 6)
+    frames, actions = frames_of(jax.random.key(1)), jnp.array([[3, 1, 0, 5], [2, 4, -1, -1]])
+    loss = jax.jit(lambda actions: genie.cloning_loss(params, frames, actions, TINY))
+    first, both = loss(actions.at[1].set(-1)), loss(actions)
+    second = loss(actions.at[0].set(-1))
+    assert both == pytest.approx((4 * first + 2 * second) / 6, rel=1e-5)  # a policy never sees the other clip
 
 
 def test_information_and_perplexity_of_known_tables():
