@@ -36,8 +36,8 @@ import numpy as np
 import optax
 from tyro.conf import Positional
 
-from common.checkpoint import load, newest_good, read_meta
-from common.config import RunConfig, cli, require, require_range
+from common.checkpoint import load, newest_good
+from common.config import RunConfig, as_dict, cli, method_name, require, require_range
 from common.devices import shard_batch
 from common.env import select
 from common.files import new_or_newest
@@ -885,7 +885,7 @@ def play(config: Config, folder: Path) -> None:
     """Serves a page on which a person plays the first seed of the run in a folder."""
     stop = begin(config)
     trained, params, source = trained_run(config, folder)
-    about = {"title": f"{folder}, {trained.data}, {trained.num_actions} latent actions"}
+    about = {"title": f"Genie: {folder}", "subtitle": f"{trained.data}, {trained.num_actions} latent actions"}
     with open_server(config.port) as server:
         model = model_to_play(params, trained, source.shape)
         infer, num = partial(jax.jit(lambda params, frames: actions_of(params, frames, trained)[1]), params), trained.num_actions
@@ -1034,33 +1034,43 @@ def state_like(config: Config):
     return jax.eval_shape(jax.vmap(make_train(config).init), keys)
 
 
-def read_run(folder: Path) -> tuple[Config, dict]:
-    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint. Raises UsageError if there is none."""
+def find_run(folder: Path) -> tuple[Config, Path]:
+    """The settings and the newest checkpoint of a run. Raises UsageError if there is none, before any device is used."""
     found = newest_good(folder / "checkpoints")
     require(found, f"--load {folder}: there is no checkpoint")
-    settings = read_meta(found[0])["config"]
-    names = {field.name for field in fields(Config)}
-    require(set(settings) == names, f"--load {folder}: is no run of this version of Genie")
-    config = Config(**settings)
-    return config, load(found[0], state_like(config)).params
+    settings = found[1]["config"]
+    try:
+        config = Config(**settings)
+    except TypeError:
+        config = None
+    require(config and as_dict(config) == settings, f"--load {folder}: is no run of this version of Genie")
+    return config, found[0]
+
+
+def read_run(folder: Path) -> tuple[Config, dict]:
+    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint."""
+    config, path = find_run(folder)
+    return config, load(path, state_like(config)).params
 
 
 def starting_params(config: Config, folder: Path) -> dict:
     """The parameters of another run, for run(given=...). Raises UsageError where they do not fit this run's sizes."""
-    _, params = read_run(folder)
-    wanted = state_like(config).params
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(params), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        require(x.shape == y.shape, f"--load {folder}: {name} is {list(y.shape)}, this run has {list(x.shape)}")
+    theirs, params = read_run(folder)
+    seeds = f"--load {folder}: has {theirs.num_seeds} seeds, this run {config.num_seeds}"
+    require(theirs.num_seeds == config.num_seeds, f"{seeds}: give --num-seeds {theirs.num_seeds}")
+    name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
+    shapes = lambda tree: {name_of(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    given, wanted = shapes(params), shapes(state_like(config).params)
+    for name in given | wanted:
+        has, needs = given.get(name, "not there"), wanted.get(name, "none")
+        require(has == needs, f"--load {folder}: {name} is {has}, this run has {needs}")
     return {"params": params}
 
 
 def trained_run(config: Config, folder: Path) -> tuple[Config, dict, Source]:
     """A finished run's settings (but how to sample is this config's), its first seed's parameters, its source of clips."""
     trained, params = read_run(folder)
-    require(
-        trained.stage in ("all", "dynamics"), f"--load {folder}: trained its {trained.stage} only: train `dynamics` from it first"
-    )
+    require(trained.stage in ("all", "dynamics"), f"--load {folder}: only its {trained.stage} was trained: give it to `dynamics`")
     trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
     return trained, jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
 
@@ -1093,13 +1103,21 @@ def sample(config: Config, folder: Path) -> None:
     print(f"rows are prompts, columns are codes 0 to {trained.num_actions - 1}: {path}")
 
 
+def newest_run() -> Path:
+    """The folder that a run without --load begins from. Raises UsageError if there is none."""
+    runs = Path("runs") / method_name()
+    require(runs.is_dir(), f"--load: there is no run in {runs}; train one first, or give its folder")
+    return new_or_newest(runs, True)
+
+
 def main(config: Config) -> None:
     """Trains a stage, or samples."""
     with faults_in_one_line():
         folder = None
         done_with_a_run = {"sample": sample, "play": play, "bc": clone}
         if config.load or config.stage in ("dynamics", *done_with_a_run):
-            folder = Path(config.load) if config.load else new_or_newest(Path("runs/genie"), True)
+            folder = Path(config.load) if config.load else newest_run()
+            find_run(folder)
         if config.stage in done_with_a_run:
             return done_with_a_run[config.stage](config, folder)
     given = partial(starting_params, config, folder) if folder else None

@@ -14,23 +14,24 @@ PAGE = r"""<!doctype html>
   body { margin: 0; padding: 16px 20px; background: var(--ground); color: var(--text); font: 15px/1.45 system-ui, sans-serif; }
   h1 { font-size: 18px; margin: 0 0 12px; } h1 small { color: var(--dim); font-weight: normal; font-size: 14px; margin-left: 8px; }
   h2 { font-size: 14px; margin: 0 0 8px; color: var(--dim); font-weight: 600; }
-  main { display: grid; grid-template-columns: minmax(0, 1fr) 340px; gap: 16px; max-width: 1240px; }
+  main { display: grid; grid-template-columns: minmax(0, 1fr) 360px; gap: 16px; max-width: 1120px; }
   @media (max-width: 900px) { main { grid-template-columns: 1fr; } }
   section { background: var(--panel); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; margin-bottom: 14px; }
-  .row { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: center; margin-bottom: 8px; }
+  .row { display: flex; flex-wrap: wrap; gap: 8px 10px; align-items: center; margin-bottom: 8px; }
   .row:last-child { margin-bottom: 0; }
   canvas { image-rendering: pixelated; background: #000; display: block; }
-  figure { margin: 0; } figcaption { color: var(--dim); font-size: 13px; margin-top: 4px; min-height: 1.45em; }
-  #screens { display: grid; grid-template-columns: 2fr 1fr; gap: 14px; }
+  figure { margin: 0; } figcaption { color: var(--dim); font-size: 13px; margin: 3px 0; min-height: 1.45em; }
+  #screens { display: grid; grid-template-columns: minmax(0, 440px) minmax(0, 207px); gap: 16px; }
   #screens canvas { width: 100%; border-radius: 4px; }
   .dream { position: relative; grid-row: span 2; }
   #overlay { position: absolute; inset: 0 0 auto 0; background: none; pointer-events: none; }
   button, input { font: inherit; color: inherit; background: #2a2e3b; border: 1px solid var(--edge); border-radius: 6px; }
-  button, input { padding: 5px 10px; }
+  button, input { padding: 4px 9px; }
   button { cursor: pointer; } button:hover:enabled { background: #363b4b; } button:disabled { opacity: .45; cursor: default; }
   button[aria-pressed=true], .code.now { border-color: var(--lit); box-shadow: inset 0 0 0 1px var(--lit); }
   :focus-visible { outline: 3px solid #6fb3ff; outline-offset: 2px; }
-  input[type=number] { width: 92px; } input[type=range] { padding: 0; width: 130px; } input[type=file] { max-width: 100%; }
+  input[type=number] { width: 92px; } input[type=range] { padding: 0; width: 130px; }
+  input[type=file] { width: 100%; min-width: 0; }
   label { display: inline-flex; gap: 6px; align-items: center; }
   #codes { display: grid; grid-template-columns: repeat(auto-fill, minmax(98px, 1fr)); gap: 8px; }
   .code { display: flex; flex-direction: column; align-items: center; gap: 3px; padding: 8px 4px; }
@@ -40,7 +41,7 @@ PAGE = r"""<!doctype html>
   kbd { background: #11131a; border: 1px solid var(--edge); border-radius: 4px; padding: 0 6px; font: 13px monospace; }
   .slot { display: flex; flex-direction: column; gap: 4px; }
   .slot > button:last-child { font-size: 12px; padding: 1px 4px; color: var(--dim); }
-  #message { margin: 0 0 12px; padding: 8px 12px; border-radius: 6px; max-width: 1240px; }
+  #message { margin: 0 0 12px; padding: 8px 12px; border-radius: 6px; max-width: 1120px; }
   #message { background: #4a1d24; border: 1px solid #b84a5a; }
   #message:empty { display: none; } #message.note { background: #1d3350; border-color: #4a7fb8; }
   #sketch { width: 240px; height: auto; cursor: crosshair; border: 1px solid var(--line); touch-action: none; }
@@ -49,7 +50,7 @@ PAGE = r"""<!doctype html>
 </style>
 </head>
 <body>
-<h1>Genie <small id="title"></small></h1>
+<h1><span id="title">A world to play</span> <small id="subtitle"></small></h1>
 <div id="message" role="alert"></div>
 <main>
 <div>
@@ -107,7 +108,8 @@ PAGE = r"""<!doctype html>
       <label><span id="films">held-out level</span> <input type="number" id="number" min="0" value="0" style="width:78px"></label>
       <button id="go">Begin</button>
     </div>
-    <div class="row"><label>a picture <input type="file" id="file" accept="image/*"></label></div>
+    <div class="row"><label style="width:100%"><span style="white-space:nowrap">a picture</span>
+      <input type="file" id="file" accept="image/*"></label></div>
     <details id="drawing"><summary>a sketch</summary>
       <canvas id="sketch" aria-label="sketch: draw with the pointer" style="margin-top:8px"></canvas>
       <div class="row" id="swatches" style="margin-top:8px" role="group" aria-label="colours"></div>
@@ -375,7 +377,7 @@ function make_sketch() {
 (async () => {
   try {
     about = await ask("/about");
-    $("title").textContent = about.title;
+    $("title").textContent = about.title; $("subtitle").textContent = about.subtitle;
     $("films").textContent = about.game ? "held-out level" : "held-out film"; $("number").max = about.films - 1;
     make_codes(); make_sketch(); show(await ask("/state")); await legend();
     document.body.dataset.ready = "yes";

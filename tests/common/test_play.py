@@ -51,7 +51,7 @@ TRUTH = Truth(9, 2, film, true_step)
 
 
 def new_session(truth=TRUTH, model=None):
-    arrows = {"arrows": ["", "←", "→", "↑"], "words": ["50 %"] * CODES, "legend": "said", "title": "a test"}
+    arrows = {"arrows": ["", "←", "→", "↑"], "words": ["50 %"] * CODES, "legend": "said", "title": "a test", "subtitle": "tested"}
     return Session(model or fake_model(), truth, arrows, 1.0, 25)
 
 
