@@ -386,14 +386,17 @@ def lead_in(codes) -> jax.Array:
     return jnp.pad(codes, ((0, 0), (1, 0), (0, 0)))
 
 
-def dynamics_loss(params, key, tokens, codes, config: Config):
-    """Cross-entropy of the hidden tokens -> loss, metrics."""
-    mask = draw_mask(key, tokens.shape, config)
-    seen = jnp.where(mask, config.num_codes, tokens)
-    logits, _ = predict_tokens(params, seen, lead_in(codes), config)
+def hidden_loss(params, tokens, mask, codes, config: Config):
+    """Cross-entropy (nats) and accuracy of the hidden tokens, given the others and codes (B, T - 1, code_dim)."""
+    logits, _ = predict_tokens(params, jnp.where(mask, config.num_codes, tokens), lead_in(codes), config)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
     right = logits.argmax(-1) == tokens
-    loss, accuracy = (jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+    return tuple(jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+
+
+def dynamics_loss(params, key, tokens, codes, config: Config):
+    """Cross-entropy of tokens hidden at random -> loss, metrics."""
+    loss, accuracy = hidden_loss(params, tokens, draw_mask(key, tokens.shape, config), codes, config)
     return loss, {"dynamics_loss": loss, "dynamics_accuracy": accuracy}
 
 
@@ -562,17 +565,17 @@ def make_train(config: Config) -> Train:
 
 def evaluate(config: Config, source: Source, state: State) -> dict:
     """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
-    clips = source.held_out(jax.random.key(1), config.eval_clips)
-    tokens = tokenise(state.params["tokenizer"], clips.frames, config)
-    key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
-    results = tokenizer_results(state.params, clips.frames, tokens, config) | lam_results(state.params, clips, source, config)
+    params, clips = state.params, source.held_out(jax.random.key(1), config.eval_clips)
+    tokens, (codes, index) = tokenise(params["tokenizer"], clips.frames, config), actions_of(params, clips.frames, config)
+    results = tokenizer_results(params, clips.frames, tokens, config)
+    results |= lam_results(params, clips, codes, index, source, config)
     if config.stage in ("tokenizer", "lam"):
         return results
-    codes = actions_of(state.params, clips.frames, config)[0]
-    results |= token_results(key_mask, state.params, tokens, codes, config)
+    key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
+    results |= token_results(key_mask, params, tokens, codes, config)
     others = source.held_out(jax.random.key(3), config.eval_clips).frames
-    results |= play_results(key_play, state.params, clips.frames, others, tokens, codes, config)
-    return results | {"controls": controls(key_film, state.params, tokens[:4], codes[:4], source.shape, config)}
+    results |= play_results(key_play, params, clips.frames, others, tokens, codes, config)
+    return results | {"controls": controls(key_film, params, tokens[:4], codes[:4], source.shape, config)}
 
 
 def actions_of(params, frames, config: Config):
@@ -600,15 +603,14 @@ def tokenizer_results(params, frames, tokens, config: Config) -> dict:
     }
 
 
-def lam_results(params, clips, source: Source, config: Config) -> dict:
+def lam_results(params, clips, codes, index, source: Source, config: Config) -> dict:
     """How much the inferred codes help the decoder against other clips' codes, in dB; what codes say of the true change."""
     x = lam_view(params, clips.frames, config)
-    codes, index = actions_of(params, clips.frames, config)
     error = lambda codes: ((predict_next(params["lam"], x[:, :-1], codes, config) - x[:, 1:]) ** 2).mean((-2, -1)) + 1e-10
-    lam_psnr, shuffled = (-10 * jnp.log10(error(c)).mean() for c in (codes, jnp.roll(codes, 1, axis=0)))
-    count = lambda change: jnp.einsum(
-        "bta,btc->ac", jax.nn.one_hot(index, config.num_actions), jax.nn.one_hot(change, source.num_changes)
-    )
+    arms = jnp.stack([codes, jnp.roll(codes, 1, axis=0)])
+    lam_psnr, shuffled = jax.lax.map(lambda codes: -10 * jnp.log10(error(codes)).mean(), arms)
+    of_code = jax.nn.one_hot(index, config.num_actions)
+    count = lambda change: jnp.einsum("bta,btc->ac", of_code, jax.nn.one_hot(change, source.num_changes))
     table = count(clips.change)
     return {
         "lam_psnr": lam_psnr,
@@ -623,19 +625,17 @@ def lam_results(params, clips, source: Source, config: Config) -> dict:
 
 def token_results(key, params, tokens, codes, config: Config) -> dict:
     """Cross-entropy (nats) of the last frame's tokens, all hidden: of the dynamics; of the tokens' frequencies; of the best mixture
-    of those with a copy of the frame before."""
-    seen = tokens.at[:, -1].set(config.num_codes)
-    logits = predict_tokens(params["dynamics"], seen, lead_in(codes), config)[0][:, -1]
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, -1, :, None], axis=-1)
+    of those with a copy of the frame before. And of tokens hidden as in training."""
+    drawn = draw_mask(key, tokens.shape, config)
+    masks = jnp.stack([drawn, jnp.zeros_like(drawn).at[:, -1].set(True)])
+    masked, last = jax.lax.map(lambda mask: hidden_loss(params["dynamics"], tokens, mask, codes, config)[0], masks)
     share = jnp.zeros(config.num_codes).at[tokens.reshape(-1)].add(1.0) / tokens.size
     unigram, same = share[tokens[:, -1]], tokens[:, -1] == tokens[:, -2]
     weights = jnp.linspace(0, 1, 101)[:-1, None, None]  # the best of these on the very clips: it favours the baseline
-    copy = -jnp.log(weights * same + (1 - weights) * unigram).mean((1, 2)).min()
-    masked = dynamics_loss(params["dynamics"], key, tokens, codes, config)[0]
     return {
-        "cross_entropy": -log_p.mean(),
+        "cross_entropy": last,
         "unigram_cross_entropy": -jnp.log(unigram).mean(),
-        "copy_cross_entropy": copy,
+        "copy_cross_entropy": -jnp.log(weights * same + (1 - weights) * unigram).mean((1, 2)).min(),
         "masked_cross_entropy": masked,
     }
 

@@ -148,7 +148,7 @@ def how(runs) -> list[str]:
     short = summary(runs["short"][0])["config"]
     return [
         f"Seeds {seeds}. Hard CoinRun, {config['num_levels']} levels to learn from, measured on others; clips of "
-        f"{config['num_frames']} frames, {config['batch_size']} a update; {config['maskgit_steps']} MaskGIT steps at temperature "
+        f"{config['num_frames']} frames, {config['batch_size']} an update; {config['maskgit_steps']} MaskGIT steps at temperature "
         f"{config['temperature']:g}, {config['prompt_frames']} frames of prompt. {made_by(runs)}.",
         f"Updates of the tokenizer, and of latent actions and dynamics: {config['tokenizer_updates']} and "
         f"{config['num_updates'] - config['tokenizer_updates']}; short runs {short['tokenizer_updates']} and "
@@ -173,7 +173,7 @@ def table(runs) -> list[str]:
 
 def cloning_table(folders) -> list[str]:
     """Levels won by each policy."""
-    rows = ["| levels won | all | easiest third | middle | hardest |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| levels won | all | difficulty 1 | 2 | 3 |", "| --- | --- | --- | --- | --- |"]
     for name in PLAYERS:
         cells = [spread(last(folders, f"won_{name}{end}")) for end in ("", "_1", "_2", "_3")]
         rows.append(f"| {name.replace('_', ' and ')} | {' | '.join(cells)} |")
