@@ -39,17 +39,28 @@ from tyro.conf import Positional
 from common.checkpoint import load, newest_good
 from common.config import RunConfig, as_dict, cli, method_name, require, require_range
 from common.devices import shard_batch
-from common.env import select
 from common.files import new_or_newest
-from common.nn import dense, init_dense, orthogonal
+from common.nn import dense, orthogonal
 from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.plot import save_gif
 from common.run import Train, begin, faults_in_one_line, nothing_like, run
+from common.st import (
+    Cache,
+    Kind,
+    Spec,
+    init_cache,
+    init_st,
+    num_patches,
+    patchify,
+    rms_norm,
+    st,
+    st_blocks,
+    unpatchify,
+)  # fmt: skip
 from envs.clip_metrics import frechet, information, perplexity, psnr, random_features, to_uint8
-from envs.clips import Game, Source, make_source
+from envs.clips import Source, make_source
+from envs.cloning import make_cloning
 from envs.true_game import describe_codes, truth_of
-
-Kind = Literal["st_vivit", "vit", "c_vivit"]
 
 
 @dataclass(frozen=True)
@@ -212,156 +223,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
-# --- ST transformer (section 2, figure 4)
-
-
-class Spec(NamedTuple):
-    """What is static of a stack of blocks."""
-
-    heads: int
-    window: int  # frames that attention in time spans, the newest included
-    kind: Kind = "st_vivit"
-    qk_norm: bool = False
-    dtype: str = "float32"
-
-
-class Cache(NamedTuple):
-    """Keys and values of the frames before, for L blocks, in the S = window - 1 places of a ring: frame t is at t % S."""
-
-    k: jax.Array  # (L, B, S, N, heads, c)
-    v: jax.Array  # (L, B, S, N, heads, c)
-    t: jax.Array  # () int32: frames seen
-
-
-def init_block(key, width: int, ffn: int, heads: int, kind: Kind) -> dict:
-    """One block: attention in space, attention in time, ONE feed-forward layer after both."""
-    keys, params = jax.random.split(key, 6), {}
-    kept = {"st_vivit": ("space", "time"), "vit": ("space",), "c_vivit": ("time",)}[kind]
-    for name, key_qkv, key_out in zip(kept, keys[:2], keys[2:4], strict=False):
-        scale = jnp.ones((2, width // heads))  # of queries and keys, where they are normalised
-        qkv, out = init_dense(key_qkv, width, 3 * width, 1.0), init_dense(key_out, width, width, 0.5)
-        params[name] = {"norm": jnp.ones(width), "qkv": qkv, "out": out, "qk_scale": scale}
-    up, down = init_dense(keys[4], width, ffn * width), init_dense(keys[5], ffn * width, width, 0.5)
-    return params | {"ffn": {"norm": jnp.ones(width), "up": up, "down": down}}
-
-
-def init_st(key, n_in: int, n_out: int, num_tokens: int, width: int, blocks: int, config: Config, kind: Kind = "st_vivit") -> dict:
-    """Input layer, positions in space, blocks (stacked), output layer."""
-    key_in, key_space, key_blocks, key_out = jax.random.split(key, 4)
-    one = lambda key: init_block(key, width, config.ffn, config.heads, kind)
-    return {
-        "in": init_dense(key_in, n_in, width, 1.0),
-        "space": 0.1 * jax.random.normal(key_space, (num_tokens, width)),
-        "blocks": jax.vmap(one)(jax.random.split(key_blocks, blocks)),
-        "norm": jnp.ones(width),
-        "out": init_dense(key_out, width, n_out, 1.0),
-    }
-
-
-def rms_norm(scale, x) -> jax.Array:
-    """x / rms(x) * scale over the last axis."""
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
-
-
-def rotate(x, time) -> jax.Array:
-    """Rotary positions (2104.09864): x (B, T, N, heads, c), time (T,); products of queries and keys know only differences."""
-    half = x.shape[-1] // 2
-    angle = time[:, None] * 100.0 ** (-jnp.arange(half) / half)
-    cos, sin = (f(angle)[:, None, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-
-
-def project(p, x, spec: Spec):
-    """Queries, keys and values (B, T, N, heads, c) of x (B, T, N, d)."""
-    q, k, v = jnp.split(dense(p["qkv"], rms_norm(p["norm"], x)), 3, axis=-1)
-    q, k, v = (y.reshape(*x.shape[:-1], spec.heads, -1) for y in (q, k, v))
-    if spec.qk_norm:
-        q, k = rms_norm(p["qk_scale"][0], q), rms_norm(p["qk_scale"][1], k)
-    return q, k, v
-
-
-def attend(q, k, v, mask=None) -> jax.Array:
-    """softmax(q k' / sqrt(c)) v: (..., Q, heads, c), 2 x (..., K, heads, c), mask (Q, K) -> (..., Q, heads * c)."""
-    score = jnp.einsum("...qhc,...khc->...hqk", q * q.shape[-1] ** -0.5, k)
-    score = score if mask is None else jnp.where(mask, score, -1e9)
-    y = jnp.einsum("...hqk,...khc->...qhc", jax.nn.softmax(score, axis=-1), v)
-    return y.reshape(*y.shape[:-2], -1)
-
-
-def attend_time(q, k, v, mask, kind: Kind) -> jax.Array:
-    """Attention to frames, position by position, or (c_vivit) of all tokens to all: (B, T, N, heads, c) -> (B, T, N, d)."""
-    batch, length, num, *_ = q.shape
-    if kind == "c_vivit":
-        q, k, v = (x.reshape(batch, -1, *x.shape[3:]) for x in (q, k, v))
-        return attend(q, k, v, mask.repeat(num, 0).repeat(num, 1)).reshape(batch, length, num, -1)
-    return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
-
-
-def block(p, x, spec: Spec, mask, time, past):
-    """x (B, T, N, d), past: none, or keys and values (B, S, N, heads, c) of frames before -> x, the new keys and values."""
-    k = v = ()
-    if "space" in p:
-        x = x + dense(p["space"]["out"], attend(*project(p["space"], x, spec)))
-    if "time" in p:
-        q, k, v = project(p["time"], x, spec)
-        q, k = rotate(q, time), rotate(k, time)
-        ks, vs = (k, v) if past is None else (jnp.concatenate([old, new], axis=1) for old, new in zip(past, (k, v), strict=True))
-        x = x + dense(p["time"]["out"], attend_time(q, ks, vs, mask, spec.kind))
-    hidden = jax.nn.gelu(dense(p["ffn"]["up"], rms_norm(p["ffn"]["norm"], x)))
-    return x + dense(p["ffn"]["down"], hidden), (k, v)
-
-
-def st_blocks(params, x, spec: Spec, cache: Cache | None = None):
-    """x (B, T, N, d) -> the same after all blocks, and the cache with this frame in it. With a cache T is 1.
-
-    A frame sees itself and the window - 1 frames before it, in every block; so keys and values of past frames never change, and
-    the cached step gives what the whole sequence would.
-    """
-    dtype = jnp.dtype(spec.dtype)
-    blocks, x = jax.tree.map(lambda y: y.astype(dtype), (params["blocks"], x))
-    if cache is None:
-        time = jnp.arange(x.shape[1])
-        ago = time[:, None] - time
-        mask = (ago >= 0) & (ago < spec.window)
-        x, _ = jax.lax.scan(lambda x, p: (block(p, x, spec, mask, time, None)[0], None), x, blocks)
-        return x.astype(jnp.float32), None
-    slots = spec.window - 1
-    mask = jnp.append(jnp.arange(slots) < cache.t, True)[None]
-    step = lambda x, inputs: block(inputs[0], x, spec, mask, cache.t[None], inputs[1:])
-    x, new = jax.lax.scan(step, x, (blocks, cache.k, cache.v))
-    k, v = jax.tree.map(lambda old, now: old.at[:, :, cache.t % slots].set(now[:, :, 0]), (cache.k, cache.v), new)
-    return x.astype(jnp.float32), Cache(k, v, cache.t + 1)
-
-
-def init_cache(params, spec: Spec, batch: int, num_tokens: int) -> Cache:
-    """A cache before the first frame; nothing in it for `vit`."""
-    blocks, width = params["blocks"]["ffn"]["norm"].shape
-    shape = (blocks, batch, spec.window - 1, num_tokens, spec.heads, width // spec.heads)
-    empty = () if spec.kind == "vit" else jnp.zeros(shape, spec.dtype)
-    return Cache(empty, empty, jnp.int32(0))
-
-
-def st(params, x, spec: Spec, extra=0.0, cache: Cache | None = None):
-    """Input layer, plus positions and `extra`, blocks, output layer: (B, T, N, n_in) -> (B, T, N, n_out), cache."""
-    x, cache = st_blocks(params, dense(params["in"], x) + params["space"] + extra, spec, cache)
-    return dense(params["out"], rms_norm(params["norm"], x)), cache
-
-
 # --- patches and codes
-
-
-def patchify(frames, size: int) -> jax.Array:
-    """(B, T, H, W, 3) uint8 -> (B, T, N, size * size * 3) in [0, 1], patches row by row."""
-    b, t, h, w, c = frames.shape
-    x = frames.reshape(b, t, h // size, size, w // size, size, c).swapaxes(3, 4)
-    return x.reshape(b, t, -1, size * size * c).astype(jnp.float32) / 255
-
-
-def unpatchify(x, size: int, shape: tuple[int, int]) -> jax.Array:
-    """(B, T, N, size * size * 3) -> (B, T, H, W, 3)."""
-    b, t, h, w = *x.shape[:2], shape[0] // size, shape[1] // size
-    return x.reshape(b, t, h, w, size, size, 3).swapaxes(3, 4).reshape(b, t, *shape, 3)
 
 
 def unit(x) -> jax.Array:
@@ -524,14 +386,17 @@ def lead_in(codes) -> jax.Array:
     return jnp.pad(codes, ((0, 0), (1, 0), (0, 0)))
 
 
-def dynamics_loss(params, key, tokens, codes, config: Config):
-    """Cross-entropy of the hidden tokens -> loss, metrics."""
-    mask = draw_mask(key, tokens.shape, config)
-    seen = jnp.where(mask, config.num_codes, tokens)
-    logits, _ = predict_tokens(params, seen, lead_in(codes), config)
+def hidden_loss(params, tokens, mask, codes, config: Config):
+    """Cross-entropy (nats) and accuracy of the hidden tokens, given the others and codes (B, T - 1, code_dim)."""
+    logits, _ = predict_tokens(params, jnp.where(mask, config.num_codes, tokens), lead_in(codes), config)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
     right = logits.argmax(-1) == tokens
-    loss, accuracy = (jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+    return tuple(jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+
+
+def dynamics_loss(params, key, tokens, codes, config: Config):
+    """Cross-entropy of tokens hidden at random -> loss, metrics."""
+    loss, accuracy = hidden_loss(params, tokens, draw_mask(key, tokens.shape, config), codes, config)
     return loss, {"dynamics_loss": loss, "dynamics_accuracy": accuracy}
 
 
@@ -595,10 +460,6 @@ def rollout(key, params, prompt, codes, config: Config) -> jax.Array:
 
 
 # --- training
-
-
-def num_patches(shape: tuple[int, int], patch: int) -> int:
-    return (shape[0] // patch) * (shape[1] // patch)
 
 
 def source_of(config: Config) -> Source:
@@ -704,17 +565,17 @@ def make_train(config: Config) -> Train:
 
 def evaluate(config: Config, source: Source, state: State) -> dict:
     """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
-    clips = source.held_out(jax.random.key(1), config.eval_clips)
-    tokens = tokenise(state.params["tokenizer"], clips.frames, config)
-    key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
-    results = tokenizer_results(state.params, clips.frames, tokens, config) | lam_results(state.params, clips, source, config)
+    params, clips = state.params, source.held_out(jax.random.key(1), config.eval_clips)
+    tokens, (codes, index) = tokenise(params["tokenizer"], clips.frames, config), actions_of(params, clips.frames, config)
+    results = tokenizer_results(params, clips.frames, tokens, config)
+    results |= lam_results(params, clips, codes, index, source, config)
     if config.stage in ("tokenizer", "lam"):
         return results
-    codes = actions_of(state.params, clips.frames, config)[0]
-    results |= token_results(key_mask, state.params, tokens, codes, config)
+    key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
+    results |= token_results(key_mask, params, tokens, codes, config)
     others = source.held_out(jax.random.key(3), config.eval_clips).frames
-    results |= play_results(key_play, state.params, clips.frames, others, tokens, codes, config)
-    return results | {"controls": controls(key_film, state.params, tokens[:4], codes[:4], source.shape, config)}
+    results |= play_results(key_play, params, clips.frames, others, tokens, codes, config)
+    return results | {"controls": controls(key_film, params, tokens[:4], codes[:4], source.shape, config)}
 
 
 def actions_of(params, frames, config: Config):
@@ -742,15 +603,14 @@ def tokenizer_results(params, frames, tokens, config: Config) -> dict:
     }
 
 
-def lam_results(params, clips, source: Source, config: Config) -> dict:
+def lam_results(params, clips, codes, index, source: Source, config: Config) -> dict:
     """How much the inferred codes help the decoder against other clips' codes, in dB; what codes say of the true change."""
     x = lam_view(params, clips.frames, config)
-    codes, index = actions_of(params, clips.frames, config)
     error = lambda codes: ((predict_next(params["lam"], x[:, :-1], codes, config) - x[:, 1:]) ** 2).mean((-2, -1)) + 1e-10
-    lam_psnr, shuffled = (-10 * jnp.log10(error(c)).mean() for c in (codes, jnp.roll(codes, 1, axis=0)))
-    count = lambda change: jnp.einsum(
-        "bta,btc->ac", jax.nn.one_hot(index, config.num_actions), jax.nn.one_hot(change, source.num_changes)
-    )
+    arms = jnp.stack([codes, jnp.roll(codes, 1, axis=0)])
+    lam_psnr, shuffled = jax.lax.map(lambda codes: -10 * jnp.log10(error(codes)).mean(), arms)
+    of_code = jax.nn.one_hot(index, config.num_actions)
+    count = lambda change: jnp.einsum("bta,btc->ac", of_code, jax.nn.one_hot(change, source.num_changes))
     table = count(clips.change)
     return {
         "lam_psnr": lam_psnr,
@@ -765,19 +625,17 @@ def lam_results(params, clips, source: Source, config: Config) -> dict:
 
 def token_results(key, params, tokens, codes, config: Config) -> dict:
     """Cross-entropy (nats) of the last frame's tokens, all hidden: of the dynamics; of the tokens' frequencies; of the best mixture
-    of those with a copy of the frame before."""
-    seen = tokens.at[:, -1].set(config.num_codes)
-    logits = predict_tokens(params["dynamics"], seen, lead_in(codes), config)[0][:, -1]
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, -1, :, None], axis=-1)
+    of those with a copy of the frame before. And of tokens hidden as in training."""
+    drawn = draw_mask(key, tokens.shape, config)
+    masks = jnp.stack([drawn, jnp.zeros_like(drawn).at[:, -1].set(True)])
+    masked, last = jax.lax.map(lambda mask: hidden_loss(params["dynamics"], tokens, mask, codes, config)[0], masks)
     share = jnp.zeros(config.num_codes).at[tokens.reshape(-1)].add(1.0) / tokens.size
     unigram, same = share[tokens[:, -1]], tokens[:, -1] == tokens[:, -2]
     weights = jnp.linspace(0, 1, 101)[:-1, None, None]  # the best of these on the very clips: it favours the baseline
-    copy = -jnp.log(weights * same + (1 - weights) * unigram).mean((1, 2)).min()
-    masked = dynamics_loss(params["dynamics"], key, tokens, codes, config)[0]
     return {
-        "cross_entropy": -log_p.mean(),
+        "cross_entropy": last,
         "unigram_cross_entropy": -jnp.log(unigram).mean(),
-        "copy_cross_entropy": copy,
+        "copy_cross_entropy": -jnp.log(weights * same + (1 - weights) * unigram).mean((1, 2)).min(),
         "masked_cross_entropy": masked,
     }
 
@@ -897,134 +755,6 @@ def play(config: Config, folder: Path) -> None:
         serve(server, session, stop)
 
 
-# --- behavioural cloning (section 3.3, appendix E)
-
-CONTEXT, AT_RANDOM = 4, 0.1  # frames that each block of a policy sees; the share of its actions that are random
-LONGEST = 500  # steps of a game when policies are tested
-
-
-class Cloning(NamedTuple):
-    """All of one seed's run of `bc`."""
-
-    params: dict  # what the loaded run learned, which stays as it is
-    policies: dict  # two, stacked: of latent actions, and the oracle, of true ones
-    opt_state: Any
-    world: Any
-    key: jax.Array
-
-
-def init_policy(key, config: Config, shape: tuple[int, int], num: int) -> dict:
-    """An ST transformer over frames, with a token where one of `num` actions is read."""
-    key_st, key_token, key_action = jax.random.split(key, 3)
-    width, pixels = config.tokenizer_width, 3 * config.patch**2
-    params = init_st(key_st, pixels, num, num_patches(shape, config.patch), width, config.bc_blocks, config)
-    token, action = 0.1 * jax.random.normal(key_token, (width,)), 0.1 * jax.random.normal(key_action, (num, width))
-    return params | {"token": token, "action": action}
-
-
-def policy(params, frames, before, config: Config, cache: Cache | None = None):
-    """pi(a_t | x_{t-3:t}, a_{<t}): frames (B, T, H, W, 3), the action before each (B, T), -1: none -> logits (B, T, n), cache."""
-    before = jax.nn.one_hot(before, len(params["action"])) @ params["action"]
-    h = dense(params["in"], patchify(frames, config.patch)) + params["space"] + before[:, :, None]
-    token = jnp.broadcast_to(params["token"], (*h.shape[:2], 1, h.shape[-1]))
-    h, cache = st_blocks(params, jnp.concatenate([token, h], axis=2), Spec(config.heads, CONTEXT), cache)
-    return dense(params["out"], rms_norm(params["norm"], h[:, :, 0])), cache
-
-
-def cloning_loss(params, frames, actions, config: Config) -> jax.Array:
-    """Cross-entropy of actions (B, T - 1), -1 where there is none."""
-    before = jnp.pad(actions[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    log_p = jax.nn.log_softmax(policy(params, frames[:, :-1], before, config)[0])
-    picked = jax.nn.one_hot(actions, log_p.shape[-1])
-    return -(log_p * picked).sum() / jnp.maximum(picked.sum(), 1)
-
-
-def play_levels(key, game: Game, act, memory) -> jax.Array:
-    """One game on each level; act(key, frames, memory) -> actions, memory. -> (num_levels,) bool: which are won."""
-
-    def step(carry):
-        t, states, outcome, memory = carry
-        actions, memory = act(jax.random.fold_in(key, t), jax.vmap(game.render)(states), memory)
-        after, now = jax.vmap(game.step)(states, actions)
-        over = outcome > 0
-        return t + 1, jax.vmap(select)(over, states, after), jnp.where(over, outcome, now), memory
-
-    start = (0, jax.vmap(game.start)(jnp.arange(game.num_levels)), jnp.zeros(game.num_levels, jnp.int32), memory)
-    return jax.lax.while_loop(lambda carry: (carry[0] < LONGEST) & (carry[2] == 0).any(), step, start)[2] == 1
-
-
-def play_policy(key, game: Game, params, meaning, config: Config) -> jax.Array:
-    """A policy's games. `meaning` (n, keys): how often each of its actions was seen with each of the game's, which is drawn so."""
-    keys = meaning.shape[1]
-    tokens = params["space"].shape[0] + 1
-    none = jnp.full((game.num_levels, 1), -1)
-    memory = (init_cache(params, Spec(config.heads, CONTEXT), game.num_levels, tokens), none)
-
-    def act(key, frames, memory):
-        cache, before = memory
-        key_latent, key_real, key_which, key_random = jax.random.split(key, 4)
-        logits, cache = policy(params, frames[:, None], before, config, cache)
-        latent = jax.random.categorical(key_latent, logits)  # (levels, 1)
-        real = jax.random.categorical(key_real, jnp.log(meaning + 1e-6)[latent[:, 0]])
-        at_random = jax.random.uniform(key_which, real.shape) < AT_RANDOM
-        return jnp.where(at_random, jax.random.randint(key_random, real.shape, 0, keys), real), (cache, latent)
-
-    return play_levels(key, game, act, memory)
-
-
-def make_bc(config: Config) -> Train:
-    """Behavioural cloning from the latent actions of an expert's clips, and from its true ones, as pure functions of one seed."""
-    source, tx = source_of(config), optimisers(config)["world"]
-    expert, num_keys = make_source("expert", config.num_frames, config.size, config.num_levels, 0.0), source.game.num_actions
-    num = max(num_keys, config.num_actions)
-
-    def init(key):
-        key, key_params, key_policies, key_world = jax.random.split(key, 4)
-        policies = jax.vmap(lambda key: init_policy(key, config, source.shape, num))(jax.random.split(key_policies))
-        params = make_train(config).init(key_params).params
-        return Cloning(params, policies, tx.init(policies), expert.init(key_world), key)
-
-    def labelled(params, clips) -> jax.Array:
-        """Latent and true actions (2, B, T - 1), -1 where the game is over."""
-        latent = jnp.where(clips.action < 0, -1, actions_of(params, clips.frames, config)[1])
-        return jnp.stack([latent, clips.action])
-
-    def loss(policies, frames, actions):
-        losses = jax.vmap(lambda params, actions: cloning_loss(params, frames, actions, config))(policies, actions)
-        return losses.sum(), losses
-
-    def update(state: Cloning, t):
-        key, key_draw = jax.random.split(state.key)
-        clips, world = expert.draw(key_draw, state.world, config.bc_batch)
-        grads, losses = jax.grad(loss, has_aux=True)(state.policies, clips.frames, labelled(state.params, clips))
-        updates, opt_state = tx.update(grads, state.opt_state, state.policies)
-        state = state._replace(policies=optax.apply_updates(state.policies, updates), opt_state=opt_state, world=world, key=key)
-        return state, {"latent_loss": losses[0], "oracle_loss": losses[1]}
-
-    def dictionary(state: Cloning) -> jax.Array:
-        """D of appendix E, as counts (n, keys), from `labels` of the expert's steps."""
-        clips, _ = expert.draw(jax.random.key(4), state.world, -(-config.labels // (config.num_frames - 1)))
-        latent, real = (actions.reshape(-1)[: config.labels] for actions in labelled(state.params, clips))
-        return jax.nn.one_hot(latent, num).T @ jax.nn.one_hot(real, num_keys)
-
-    def evaluate(state: Cloning) -> dict:
-        key_policies, key_random, key_constant = jax.random.split(jax.random.key(5), 3)
-        meaning = dictionary(state)
-        play = lambda params, meaning: play_policy(key_policies, source.game, params, meaning, config)
-        latent, oracle = jax.vmap(play)(state.policies, jnp.stack([meaning, jnp.eye(num, num_keys)]))
-        draw = lambda key, frames, memory: (jax.random.randint(key, (len(frames),), 0, num_keys), memory)
-        right_up = lambda key, frames, memory: (jnp.full(len(frames), 8), memory)
-        won = {"latent": latent, "oracle": oracle, "random": play_levels(key_random, source.game, draw, ())}
-        won["right_up"] = play_levels(key_constant, source.game, right_up, ())
-        results = {f"won_{name}": x.mean() for name, x in won.items()}
-        for grade in (1, 2, 3):  # how hard a level is
-            here = source.game.grades == grade
-            results |= {f"won_{name}_{grade}": (x * here).sum() / here.sum() for name, x in won.items()}
-        return results | {"dictionary": meaning}
-
-    return Train(init, update, evaluate, config.num_updates)
-
-
 # --- command
 
 
@@ -1084,7 +814,9 @@ def clone(config: Config, folder: Path) -> None:
     own |= {"num_updates": config.bc_updates, "num_seeds": trained.num_seeds}
     own |= {name: min(getattr(config, name), config.bc_updates) for name in ("eval_every", "save_every")}
     config = replace(trained, **own | {"stage": "bc"})
-    run(config, make_bc, highlights=("won_latent", "won_oracle"), given=lambda: {"params": params})
+    init_model, infer = lambda key: make_train(config).init(key).params, lambda params, x: actions_of(params, x, config)[1]
+    make = lambda config: make_cloning(config, source_of(config), optimisers(config)["world"], init_model, infer)
+    run(config, make, highlights=("won_latent", "won_oracle"), given=lambda: {"params": params})
 
 
 def sample(config: Config, folder: Path) -> None:

@@ -12,10 +12,12 @@ from PIL import Image
 from scipy import linalg
 
 from algos import genie
-from algos.genie import CPU, Spec
+from algos.genie import CPU
+from common import st
 from common.config import UsageError
-from envs.clip_metrics import frechet
-from envs.clips import make_source
+from envs import cloning
+from envs.clip_metrics import frechet, information, perplexity, psnr
+from envs.clips import Game, make_source
 
 pytestmark = pytest.mark.timeout(300)
 TINY = replace(
@@ -40,19 +42,19 @@ def differs(a, b):
 def test_blocks_are_causal_and_cached_steps_equal_the_whole(kind):
     """A frame changes itself and (but for vit) those that can see it, none before; step by step gives the whole sequence's numbers,
     also beyond the window, where the oldest frames have left the cache."""
-    spec, length = Spec(2, 3, kind, qk_norm=True), 8
-    params = genie.init_st(jax.random.key(0), 4, 6, 3, 8, 2, TINY, kind)
+    spec, length = st.Spec(2, 3, kind, qk_norm=True), 8
+    params = st.init_st(jax.random.key(0), 4, 6, 3, 8, 2, TINY, kind)
     x = jax.random.normal(jax.random.key(1), (2, length, 3, 4))
-    run = jax.jit(lambda x: genie.st(params, x, spec)[0])
+    run = jax.jit(lambda x: st.st(params, x, spec)[0])
     whole, other = run(x), run(x.at[:, 2].add(1.0))
     sees = 1 if kind == "vit" else 1 + 2 * (spec.window - 1)  # two blocks
     assert list(differs(whole, other)) == [2 <= t < 2 + sees for t in range(length)]
 
     def step(cache, x):
-        y, cache = genie.st(params, x[:, None], spec, cache=cache)
+        y, cache = st.st(params, x[:, None], spec, cache=cache)
         return cache, y[:, 0]
 
-    start = genie.init_cache(params, spec, 2, 3)
+    start = st.init_cache(params, spec, 2, 3)
     _, steps = jax.jit(partial(jax.lax.scan, step))(start, x.swapaxes(0, 1))
     np.testing.assert_allclose(steps.swapaxes(0, 1), whole, atol=1e-5)
 
@@ -60,7 +62,7 @@ def test_blocks_are_causal_and_cached_steps_equal_the_whole(kind):
 def test_attention_against_numpy():
     q, k, v = (jax.random.normal(key, (5, 2, 3)) for key in jax.random.split(jax.random.key(0), 3))
     mask = np.tril(np.ones((5, 5), bool))
-    found = np.asarray(genie.attend(q, k, v, mask)).reshape(5, 2, 3)
+    found = np.asarray(st.attend(q, k, v, mask)).reshape(5, 2, 3)
     for head in range(2):
         score = np.where(mask, np.asarray(q)[:, head] @ np.asarray(k)[:, head].T / np.sqrt(3), -np.inf)
         weight = np.exp(score) / np.exp(score).sum(1, keepdims=True)
@@ -69,9 +71,9 @@ def test_attention_against_numpy():
 
 def test_patches_come_back_and_hold_neighbours():
     frames = frames_of(jax.random.key(0))
-    patches = genie.patchify(frames, 8)
+    patches = st.patchify(frames, 8)
     np.testing.assert_allclose(patches[0, 1, 1].reshape(8, 8, 3), frames[0, 1, :8, 8:] / 255, atol=1e-6)
-    np.testing.assert_allclose(genie.unpatchify(patches, 8, SHAPE), frames / 255, atol=1e-6)
+    np.testing.assert_allclose(st.unpatchify(patches, 8, SHAPE), frames / 255, atol=1e-6)
 
 
 def test_quantiser_takes_the_nearest_and_lets_gradients_straight_through():
@@ -97,7 +99,7 @@ def test_only_codes_unused_for_long_begin_anew():
 def test_nothing_of_the_next_frame_reaches_its_prediction_but_by_the_code():
     """The decoder's x_{t+1} depends on x_1..x_t and codes up to t; the code of t -> t + 1 on x_1..x_{t+1}."""
     params = genie.init_lam(jax.random.key(0), TINY, SHAPE)
-    x = genie.patchify(frames_of(jax.random.key(1)), 8)
+    x = st.patchify(frames_of(jax.random.key(1)), 8)
     codes = jax.random.normal(jax.random.key(2), (2, 4, 8))
     run = jax.jit(lambda x, codes: (genie.infer_actions(params, x, TINY), genie.predict_next(params, x[:, :-1], codes, TINY)))
     (e, out), (e2, out2) = run(x, codes), run(x.at[:, 2].add(0.3), codes)
@@ -174,12 +176,31 @@ def test_no_gradient_of_the_dynamics_reaches_the_other_parts():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_policies_are_tried_by_what_their_actions_mean():
+    """A game that key 2 wins and all others lose at once: whoever means key 2 wins it, but for the share of random actions."""
+    over = lambda state, key: (state, jnp.where(key == 2, 1, 2))
+    game = Game(200, 3, 0, (), lambda level: jnp.int32(0), over, lambda state: jnp.zeros((*SHAPE, 3), jnp.uint8))
+    params = cloning.init_policy(jax.random.key(0), TINY, SHAPE, 3)
+    play = jax.jit(lambda meaning: cloning.play_policy(jax.random.key(1), game, params, meaning, TINY).mean())
+    always, never, unknown = (play(jnp.zeros((3, 3)).at[:, keys].set(5)) for keys in (2, 1, jnp.array([], int)))
+    assert 0.9 < always < 1 and 0 < never < 0.1 and 0.2 < unknown < 0.47
+
+
+def test_cloning_passes_over_what_comes_after_the_end():
+    params = cloning.init_policy(jax.random.key(0), TINY, SHAPE, 6)
+    frames, actions = frames_of(jax.random.key(1)), jnp.array([[3, 1, 0, 5], [2, 4, -1, -1]])
+    loss = jax.jit(lambda actions: cloning.cloning_loss(params, frames, actions, TINY))
+    first, both = loss(actions.at[1].set(-1)), loss(actions)
+    second = loss(actions.at[0].set(-1))
+    assert both == pytest.approx((4 * first + 2 * second) / 6, rel=1e-5)  # a policy never sees the other clip
+
+
 def test_information_and_perplexity_of_known_tables():
-    assert genie.information(jnp.diag(jnp.ones(4))) == pytest.approx(1, abs=1e-4)
-    assert genie.information(jnp.ones((4, 3))) == pytest.approx(0, abs=1e-4)
-    assert genie.perplexity(jnp.array([0, 0, 1, 1]), 6) == pytest.approx(2, abs=1e-3)
+    assert information(jnp.diag(jnp.ones(4))) == pytest.approx(1, abs=1e-4)
+    assert information(jnp.ones((4, 3))) == pytest.approx(0, abs=1e-4)
+    assert perplexity(jnp.array([0, 0, 1, 1]), 6) == pytest.approx(2, abs=1e-3)
     grey = jnp.full((8, 8, 3), 0.5)
-    assert genie.psnr(grey, grey + 0.1) == pytest.approx(20, abs=1e-3)
+    assert psnr(grey, grey + 0.1) == pytest.approx(20, abs=1e-3)
 
 
 def test_frechet_distance_against_scipy():
