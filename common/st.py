@@ -27,8 +27,8 @@ class Spec(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the frames before, for L blocks, in the S = window - 1 places of a ring: frame t is at t % S."""
 
-    k: jax.Array  # (L, B, S, N, heads, c)
-    v: jax.Array  # (L, B, S, N, heads, c)
+    k: jax.Array  # (L, B, N, heads, S, c): as attention reads it
+    v: jax.Array  # (L, B, N, heads, S, c)
     t: jax.Array  # () int32: frames seen
 
 
@@ -97,16 +97,28 @@ def attend_time(q, k, v, mask, kind: Kind) -> jax.Array:
     return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
 
 
+def attend_past(q, k, v, past, mask, kind: Kind) -> jax.Array:
+    """What attend_time gives for one frame (B, 1, N, heads, c), from it and the keys and values in a cache, mask (1, S + 1)."""
+    if kind == "c_vivit":
+        k, v = (jnp.concatenate([jnp.moveaxis(old, 3, 1), new], axis=1) for old, new in zip(past, (k, v), strict=True))
+        return attend_time(q, k, v, mask, kind)
+    q, k, v = q[:, 0] * q.shape[-1] ** -0.5, k[:, 0], v[:, 0]
+    score = jnp.concatenate([jnp.einsum("bnhc,bnhsc->bnhs", q, past[0]), (q * k).sum(-1, keepdims=True)], axis=-1)
+    weight = jax.nn.softmax(jnp.where(mask, score, -1e9), axis=-1)
+    y = jnp.einsum("bnhs,bnhsc->bnhc", weight[..., :-1], past[1]) + weight[..., -1:] * v
+    return y.reshape(y.shape[0], 1, y.shape[1], -1)
+
+
 def block(p, x, spec: Spec, mask, time, past):
-    """x (B, T, N, d), past: none, or keys and values (B, S, N, heads, c) of frames before -> x, the new keys and values."""
+    """x (B, T, N, d), past: none, or keys and values (B, N, heads, S, c) of frames before -> x, the new keys and values."""
     k = v = ()
     if "space" in p:
         x = x + dense(p["space"]["out"], attend(*project(p["space"], x, spec)))
     if "time" in p:
         q, k, v = project(p["time"], x, spec)
         q, k = rotate(q, time), rotate(k, time)
-        ks, vs = (k, v) if past is None else (jnp.concatenate([old, new], axis=1) for old, new in zip(past, (k, v), strict=True))
-        x = x + dense(p["time"]["out"], attend_time(q, ks, vs, mask, spec.kind))
+        y = attend_time(q, k, v, mask, spec.kind) if past is None else attend_past(q, k, v, past, mask, spec.kind)
+        x = x + dense(p["time"]["out"], y)
     hidden = jax.nn.gelu(dense(p["ffn"]["up"], rms_norm(p["ffn"]["norm"], x)))
     return x + dense(p["ffn"]["down"], hidden), (k, v)
 
@@ -129,14 +141,14 @@ def st_blocks(params, x, spec: Spec, cache: Cache | None = None):
     mask = jnp.append(jnp.arange(slots) < cache.t, True)[None]
     step = lambda x, inputs: block(inputs[0], x, spec, mask, cache.t[None], inputs[1:])
     x, new = jax.lax.scan(step, x, (blocks, cache.k, cache.v))
-    k, v = jax.tree.map(lambda old, now: old.at[:, :, cache.t % slots].set(now[:, :, 0]), (cache.k, cache.v), new)
+    k, v = jax.tree.map(lambda old, now: old.at[..., cache.t % slots, :].set(now[:, :, 0]), (cache.k, cache.v), new)
     return x.astype(jnp.float32), Cache(k, v, cache.t + 1)
 
 
 def init_cache(params, spec: Spec, batch: int, num_tokens: int) -> Cache:
     """A cache before the first frame; nothing in it for `vit`."""
     blocks, width = params["blocks"]["ffn"]["norm"].shape
-    shape = (blocks, batch, spec.window - 1, num_tokens, spec.heads, width // spec.heads)
+    shape = (blocks, batch, num_tokens, spec.heads, spec.window - 1, width // spec.heads)
     empty = () if spec.kind == "vit" else jnp.zeros(shape, spec.dtype)
     return Cache(empty, empty, jnp.int32(0))
 

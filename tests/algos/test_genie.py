@@ -139,6 +139,17 @@ def test_sampling_from_the_cache_equals_sampling_from_the_whole_past(action_inpu
     np.testing.assert_array_equal(found, tokens)
 
 
+def test_tokens_are_drawn_at_the_temperature():
+    logits = jnp.log(jnp.array([0.1, 0.0, 0.6, 0.3])) + 3
+    draws = lambda temperature: np.bincount(
+        genie.draw_tokens(jax.random.key(0), jnp.tile(logits, (40_000, 1)), temperature), minlength=4
+    )
+    np.testing.assert_allclose(draws(1.0) / 40_000, [0.1, 0, 0.6, 0.3], atol=0.01)
+    sharp = np.array([0.1, 0, 0.6, 0.3]) ** 2
+    np.testing.assert_allclose(draws(0.5) / 40_000, sharp / sharp.sum(), atol=0.01)
+    assert draws(0.0).tolist() == [0, 0, 40_000, 0]
+
+
 def test_sampling_keeps_known_tokens_and_ends_with_none_hidden():
     params = genie.init_dynamics(jax.random.key(0), TINY, SHAPE)
     prompt, codes = jnp.zeros((2, 1, 4), jnp.int32), jnp.zeros((2, 5, 8))

@@ -116,7 +116,7 @@ def sample_ours(mode: str, size: str) -> dict:
         def step(s, new):
             seen = jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1)
             logits = genie.predict_tokens(params["dynamics"], seen, actions, config)[0][:, -1]
-            draw = (logits + jax.random.gumbel(jax.random.fold_in(key, s), logits.shape)).argmax(-1)
+            draw = genie.draw_tokens(jax.random.fold_in(key, s), logits, 1.0)
             log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
             hidden = new == config.num_codes
             rank = jnp.where(hidden, -log_p, -jnp.inf).argsort(-1).argsort(-1)
