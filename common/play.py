@@ -281,89 +281,88 @@ def refusal(headers) -> str:
     return "" if headers.get("Sec-Fetch-Site", "none") in ("none", "same-origin") else "requests of other pages are refused"
 
 
-def handler_of(session: Session) -> type:
-    """The class that answers a browser's requests."""
+class Handler(BaseHTTPRequestHandler):
+    """Answers a browser's requests from `server.session`."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version, timeout = "HTTP/1.1", 30
-        server_version, sys_version = "nightjax", ""
+    protocol_version, timeout = "HTTP/1.1", 30
+    server_version, sys_version = "nightjax", ""
 
-        def log_message(self, *args) -> None:
-            """Nothing is printed of requests."""
+    def log_message(self, *args) -> None:
+        """Nothing is printed of requests."""
 
-        def reply(self, code: int, kind: str, data: bytes, **headers: str) -> None:
-            self.send_response(code)
-            policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-            headers |= {"Content-Type": kind, "Content-Length": str(len(data)), "Cache-Control": "no-store"}
-            headers |= {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": policy + "; frame-ancestors 'none'"}
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            self.wfile.write(data)
+    def reply(self, code: int, kind: str, data: bytes, **headers: str) -> None:
+        self.send_response(code)
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+        headers |= {"Content-Type": kind, "Content-Length": str(len(data)), "Cache-Control": "no-store"}
+        headers |= {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": policy + "; frame-ancestors 'none'"}
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data)
 
-        def reply_json(self, value: dict, code: int = 200) -> None:
-            self.reply(code, "application/json", json.dumps(value).encode())
+    def reply_json(self, value: dict, code: int = 200) -> None:
+        self.reply(code, "application/json", json.dumps(value).encode())
 
-        def fail(self, code: int, words: str) -> None:
-            """One sentence; what is left of the request is not read."""
+    def fail(self, code: int, words: str) -> None:
+        """One sentence; what is left of the request is not read."""
+        self.close_connection = True
+        self.reply_json({"error": words}, code)
+
+    def body(self) -> bytes | None:
+        """A request's data; None where it was refused."""
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or len(length) > 18:
+            return self.fail(411, "the request does not say how long it is")
+        if int(length) > MAX_UPLOAD:
+            left = min(int(length), MAX_DRAINED)  # a browser that is still sending would not read the answer
+            while left and (part := self.rfile.read(min(left, 1 << 16))):
+                left -= len(part)
+            return self.fail(413, f"the file has {int(length) / 2**20:.0f} MB: at most {MAX_UPLOAD >> 20} MB are taken")
+        data = self.rfile.read(int(length))
+        return data if len(data) == int(length) else self.fail(400, "the upload broke off")
+
+    def answered(self, answer: Callable[[], Any]) -> None:
+        """Sends answer(), or in one sentence why there is none."""
+        if words := refusal(self.headers):
+            return self.fail(403, words)
+        try:
+            answer()
+        except UsageError as error:
+            self.reply_json({"error": str(error)}, 400)
+        except (TimeoutError, ConnectionError):
             self.close_connection = True
-            self.reply_json({"error": words}, code)
+        except Exception:
+            traceback.print_exc()
+            self.fail(500, "the program failed at this request: its terminal says why; the world is as it was")
 
-        def body(self) -> bytes | None:
-            """A request's data; None where it was refused."""
-            length = self.headers.get("Content-Length", "")
-            if not length.isdigit() or len(length) > 18:
-                return self.fail(411, "the request does not say how long it is")
-            if int(length) > MAX_UPLOAD:
-                left = min(int(length), MAX_DRAINED)  # a browser that is still sending would not read the answer
-                while left and (part := self.rfile.read(min(left, 1 << 16))):
-                    left -= len(part)
-                return self.fail(413, f"the file has {int(length) / 2**20:.0f} MB: at most {MAX_UPLOAD >> 20} MB are taken")
-            data = self.rfile.read(int(length))
-            return data if len(data) == int(length) else self.fail(400, "the upload broke off")
+    def do_GET(self) -> None:
+        session = self.server.session
+        answers = {
+            "/": lambda: self.reply(200, "text/html; charset=utf-8", PAGE.encode()),
+            "/about": lambda: self.reply_json(session.about),
+            "/state": lambda: self.reply_json(session.state()),
+            "/played.gif": lambda: self.reply_file("image/gif", "played.gif"),
+            "/played.npz": lambda: self.reply_file("application/zip", "played.npz"),
+        }
+        self.answered(answers.get(self.path, lambda: self.fail(404, "there is no such page")))
 
-        def answered(self, answer: Callable[[], Any]) -> None:
-            """Sends answer(), or in one sentence why there is none."""
-            if words := refusal(self.headers):
-                return self.fail(403, words)
-            try:
-                answer()
-            except UsageError as error:
-                self.reply_json({"error": str(error)}, 400)
-            except (TimeoutError, ConnectionError):
-                self.close_connection = True
-            except Exception:
-                traceback.print_exc()
-                self.fail(500, "the program failed at this request: its terminal says why; the world is as it was")
+    def do_POST(self) -> None:
+        session = self.server.session
+        answers = {
+            "/do": lambda: self.asked("application/json", lambda data: session.answer(read_json(data))),
+            "/picture": lambda: self.asked("application/octet-stream", session.picture),
+        }
+        self.answered(answers.get(self.path, lambda: self.fail(404, "there is no such page")))
 
-        def do_GET(self) -> None:
-            def film(kind, words):
-                name = f'attachment; filename="played.{kind}"'
-                return lambda: self.reply(200, words, session.exported(kind), Content_Disposition=name)
+    def reply_file(self, kind: str, name: str) -> None:
+        data = self.server.session.exported(name.rpartition(".")[2])
+        self.reply(200, kind, data, Content_Disposition=f'attachment; filename="{name}"')
 
-            answers = {
-                "/": lambda: self.reply(200, "text/html; charset=utf-8", PAGE.encode()),
-                "/about": lambda: self.reply_json(session.about),
-                "/state": lambda: self.reply_json(session.state()),
-                "/played.gif": film("gif", "image/gif"),
-                "/played.npz": film("npz", "application/zip"),
-            }
-            self.answered(answers.get(self.path, lambda: self.fail(404, "there is no such page")))
-
-        def do_POST(self) -> None:
-            def asked(kind: str, answer: Callable[[bytes], dict]) -> None:
-                right = self.headers.get_content_type() == kind  # other sites cannot send these without asking first
-                data = self.body() if right else self.fail(415, f"the request must be {kind}")
-                if data is not None:
-                    self.reply_json(answer(data))
-
-            answers = {
-                "/do": lambda: asked("application/json", lambda data: session.answer(read_json(data))),
-                "/picture": lambda: asked("application/octet-stream", session.picture),
-            }
-            self.answered(answers.get(self.path, lambda: self.fail(404, "there is no such page")))
-
-    return Handler
+    def asked(self, kind: str, answer: Callable[[bytes], dict]) -> None:
+        """Sends what answer(data) gives for a request's data of a kind that other sites cannot send without asking first."""
+        data = self.body() if self.headers.get_content_type() == kind else self.fail(415, f"the request must be {kind}")
+        if data is not None:
+            self.reply_json(answer(data))
 
 
 def read_json(data: bytes):
@@ -377,14 +376,14 @@ def read_json(data: bytes):
 def open_server(port: int) -> ThreadingHTTPServer:
     """A server on loopback that does not answer yet. Raises UsageError where the port cannot be had."""
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler)
+        return ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
         raise UsageError(f"--port {port}: {error.strerror}; give another, or 0 for any that is free") from error
 
 
 def serve(server: ThreadingHTTPServer, session: Session, stop: StopSignal) -> None:
     """Answers until SIGINT or SIGTERM."""
-    server.RequestHandlerClass = handler_of(session)
+    server.session = session
     print(f"play at http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
     server.timeout = 0.5
     while not stop.notice():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from common.config import UsageError
-from common.play import MAX_UPLOAD, Film, Model, Session, Truth, handler_of, open_server, read_picture
+from common.play import MAX_UPLOAD, Film, Model, Session, Truth, open_server, read_picture
 from tests.browser import MISSING, Browser
 
 pytestmark = pytest.mark.timeout(120)
@@ -227,7 +227,7 @@ def test_exports_hold_what_was_played():
 def served():
     session = new_session()
     with open_server(0) as server:
-        server.RequestHandlerClass = handler_of(session)
+        server.session = session
         thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.02))
         thread.start()
         yield session, server.server_port
