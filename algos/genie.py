@@ -60,7 +60,7 @@ from common.st import (
 from envs.clip_metrics import frechet, information, perplexity, psnr, random_features, to_uint8
 from envs.clips import Source, make_source
 from envs.cloning import make_cloning
-from envs.true_game import describe_codes, truth_of
+from envs.true_game import describe_codes, read_codes, truth_of
 
 
 @dataclass(frozen=True)
@@ -753,10 +753,10 @@ def play(config: Config, folder: Path) -> None:
     about = {"title": f"Genie: {folder}", "subtitle": f"{trained.data}, {trained.num_actions} latent actions"}
     with open_server(config.port) as server:
         model = model_to_play(params, trained, source.shape)
-        infer, num = partial(jax.jit(lambda params, frames: actions_of(params, frames, trained)[1]), params), trained.num_actions
-        truth = truth_of(infer, source, num, trained.num_frames, trained.prompt_frames, trained.sticky)
-        about |= describe_codes(infer, source, num, trained.eval_clips)
-        session = Session(model, truth, about, config.temperature, config.maskgit_steps)
+        infer = partial(jax.jit(lambda params, frames: actions_of(params, frames, trained)[1]), params)
+        meaning = read_codes(infer, source, trained.num_actions, trained.eval_clips)
+        truth = truth_of(infer, source, meaning, trained.num_frames, trained.prompt_frames, trained.sticky)
+        session = Session(model, truth, about | describe_codes(source, meaning), config.temperature, config.maskgit_steps)
         for request in ({"do": "hold"}, {"do": "step", "code": 0}, {"do": "reset"}):  # compiled before the first visit
             session.answer(request)
         serve(server, session, stop)

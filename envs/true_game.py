@@ -1,10 +1,11 @@
 """The true game beside a model of it: films to begin from, what each code of the model means, and which keys to press for it.
 
 `infer` is the model's: clips (B, T, H, W, 3) uint8 -> the codes between their frames (B, T - 1). No code was ever told an action: a
-code's actions are looked up in random play, where both are known (the dictionary of Genie's section 3.3).
+code's actions are looked up in clips where both are known (the dictionary of Genie's section 3.3).
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,28 +17,35 @@ from envs.clips import OUTCOMES, Source, play_at_random
 FILMS = 64  # where there is no game: films to choose from
 
 
-def labels_of(infer: Callable, source: Source, num_codes: int, num_frames: int, sticky: float, num: int = 64) -> np.ndarray:
-    """How often each action had each code in random play of held-out levels: (num_codes, actions)."""
-    game = source.game
+class Meaning(NamedTuple):
+    """How often each code was inferred from held-out clips where this happened."""
 
-    @jax.jit
-    def films():
-        levels, keys = jnp.arange(num) % game.num_levels, jax.random.split(jax.random.key(3), num)
-        return jax.vmap(lambda key, level: play_at_random(key, game, level, num_frames, sticky)[:2])(keys, levels)
-
-    frames, actions = films()
-    table = np.zeros((num_codes, game.num_actions), np.float32)
-    np.add.at(table, (np.asarray(infer(frames)), np.asarray(actions)), 1)
-    return table
+    changes: np.ndarray  # (num_codes, source.num_changes)
+    actions: np.ndarray | None  # (num_codes, actions of the game), where there is one
+    num_clips: int
 
 
-def truth_of(infer: Callable, source: Source, num_codes: int, num_frames: int, prompt_frames: int, sticky: float) -> Truth:
+def read_codes(infer: Callable, source: Source, num_codes: int, num: int) -> Meaning:
+    """What the codes of `num` held-out clips go with."""
+    clips = jax.device_get(jax.jit(source.held_out, static_argnums=1)(jax.random.key(1), num))
+    codes = np.asarray(infer(clips.frames))
+
+    def count(things, kinds):
+        table = np.zeros((num_codes, kinds), np.float32)
+        np.add.at(table, (codes[things >= 0], things[things >= 0]), 1)
+        return table
+
+    actions = count(clips.action, source.game.num_actions) if source.game else None
+    return Meaning(count(clips.change, source.num_changes), actions, num)
+
+
+def truth_of(infer: Callable, source: Source, meaning: Meaning, num_frames: int, prompt_frames: int, sticky: float) -> Truth:
     """Held-out films and, where the source has a game, that game: of a code, an action drawn from those that had it."""
     game = source.game
     if not game:
         one = jax.jit(lambda number: source.held_out(jax.random.fold_in(jax.random.key(1), number), 1).frames[0])
         return Truth(FILMS, prompt_frames, lambda number: Film(np.asarray(one(number)), None))
-    labels = labels_of(infer, source, num_codes, num_frames, sticky)
+    labels = meaning.actions.copy()
     labels[:, game.nothing] += 1e-3  # of codes without an action
     at_random = jax.jit(lambda level: play_at_random(jax.random.key(level), game, level, num_frames, sticky))
 
@@ -58,18 +66,15 @@ def truth_of(infer: Callable, source: Source, num_codes: int, num_frames: int, p
     return Truth(game.num_levels, prompt_frames, film, step)
 
 
-def describe_codes(infer: Callable, source: Source, num_codes: int, num: int) -> dict:
-    """What to say of every code: the way things most often moved, beyond chance, where it was inferred in `num` held-out clips."""
-    clips = jax.jit(source.held_out, static_argnums=1)(jax.random.key(1), num)
-    table = np.zeros((num_codes, source.num_changes))
-    np.add.at(table, (np.asarray(infer(clips.frames)), np.asarray(clips.change)), 1)
+def describe_codes(source: Source, meaning: Meaning) -> dict:
+    """What a page says of every code: the way things most often moved, beyond chance, where it was inferred."""
+    table, where = meaning.changes, f"inferred in {meaning.num_clips} held-out clips."
     used = table.sum(1)
     if not source.game:
         words = [f"{100 * n / used.sum():.0f} %" for n in used]
-        return {"arrows": [""] * num_codes, "words": words, "legend": f"Share: how often it was inferred in {num} held-out clips."}
+        return {"arrows": [""] * len(used), "words": words, "legend": f"Share: how often it was {where}"}
     share = table / np.maximum(used[:, None], 1)
     best = (share - table.sum(0) / table.sum()).argmax(1)
     arrows = [source.game.arrows[i] if n else "" for i, n in zip(best, used, strict=True)]
     words = [f"{100 * row[i]:.0f} % of {n:.0f}" if n else "never seen" for row, i, n in zip(share, best, used, strict=True)]
-    legend = f"Arrow: how things most often moved, beyond chance, where it was inferred in {num} held-out clips."
-    return {"arrows": arrows, "words": words, "legend": legend}
+    return {"arrows": arrows, "words": words, "legend": f"Arrow: how things most often moved, beyond chance, where it was {where}"}
