@@ -21,7 +21,7 @@ PAGE = r"""<!doctype html>
   .row:last-child { margin-bottom: 0; }
   canvas { image-rendering: pixelated; background: #000; display: block; }
   figure { margin: 0; } figcaption { color: var(--dim); font-size: 13px; margin: 3px 0; min-height: 1.45em; }
-  #screens { display: grid; grid-template-columns: minmax(0, 440px) minmax(0, 207px); gap: 16px; }
+  #screens { display: grid; grid-template-columns: minmax(0, 2.12fr) minmax(0, 1fr); gap: 16px; max-width: 664px; }
   #screens canvas { width: 100%; border-radius: 4px; }
   .dream { position: relative; grid-row: span 2; }
   #overlay { position: absolute; inset: 0 0 auto 0; background: none; pointer-events: none; }
@@ -361,13 +361,20 @@ function make_sketch() {
     button.addEventListener("click", () => { $("colour").value = colour; });
     $("swatches").append(button);
   }
-  const dot = event => {
+  let from = null;
+  const draw = event => {
     const size = Number($("brush").value), box = canvas.getBoundingClientRect();
     const x = (event.clientX - box.left) * canvas.width / box.width, y = (event.clientY - box.top) * canvas.height / box.height;
-    pen.fillStyle = $("colour").value; pen.fillRect(Math.round(x - size / 2), Math.round(y - size / 2), size, size);
+    const [x0, y0] = from || [x, y], steps = 1 + Math.ceil(Math.hypot(x - x0, y - y0));
+    pen.fillStyle = $("colour").value;
+    for (let i = 1; i <= steps; i++) {
+      const at = (a, b) => Math.round(a + (b - a) * i / steps - size / 2);
+      pen.fillRect(at(x0, x), at(y0, y), size, size);
+    }
+    from = [x, y];
   };
-  canvas.addEventListener("pointerdown", event => { canvas.setPointerCapture(event.pointerId); dot(event); });
-  canvas.addEventListener("pointermove", event => { if (event.buttons) dot(event); });
+  canvas.addEventListener("pointerdown", event => { canvas.setPointerCapture(event.pointerId); from = null; draw(event); });
+  canvas.addEventListener("pointermove", event => { if (event.buttons) draw(event); });
   $("fill").addEventListener("click", fill);
   $("copy").addEventListener("click", () => paint(canvas, bytes(now.frame)));
   $("draw").addEventListener("click", () => canvas.toBlob(blob => upload(blob), "image/png"));
