@@ -5,8 +5,9 @@ what changed between frames. A masked transformer (MaskGIT) predicts the next fr
 who picks codes plays the world. What counts is whether frames obey the codes: Delta_4 PSNR, the PSNR lost when codes are random.
 
 Run:     python algos/genie.py all        (the tokenizer, then the latent actions and the dynamics together)
+         python algos/genie.py play --load runs/genie/1         (a page on this machine, to play what was learned)
          python algos/genie.py sample --load runs/genie/1       (each code held from held-out frames: a film)
-         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data videos.npz learns from your own
+         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data FOLDER or videos.npz learns from your own
 
 Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 
@@ -35,30 +36,49 @@ import numpy as np
 import optax
 from tyro.conf import Positional
 
-from common.checkpoint import load, newest_good, read_meta
-from common.config import RunConfig, cli, require, require_range
+from common.checkpoint import load, newest_good
+from common.config import RunConfig, as_dict, cli, method_name, require, require_range
 from common.devices import shard_batch
 from common.files import new_or_newest
-from common.nn import dense, init_dense, orthogonal
+from common.nn import dense, orthogonal
+from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.plot import save_gif
 from common.run import Train, begin, faults_in_one_line, nothing_like, run
+from common.st import (
+    Cache,
+    Kind,
+    Spec,
+    init_cache,
+    init_st,
+    num_patches,
+    patchify,
+    rms_norm,
+    st,
+    st_blocks,
+    unpatchify,
+)  # fmt: skip
+from envs.clip_metrics import frechet, information, perplexity, psnr, random_features, to_uint8
 from envs.clips import Source, make_source
-
-Kind = Literal["st_vivit", "vit", "c_vivit"]
+from envs.cloning import make_cloning
+from envs.true_game import describe_codes, read_codes, truth_of
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
     """Genie's settings; the defaults are the CoinRun case study's (tables 15 to 17)."""
 
-    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample"]] = "all"
-    """What to train: all, or one part (`dynamics` trains the latent actions with it); or `sample`: a film of a trained run."""
+    stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample", "play", "bc"]] = "all"
+    """What to train: all, or one part (`dynamics` trains the latent actions with it); or what to do with a trained run: `sample`,
+    a film of it; `play`, a page on which a person plays it; `bc`, behavioural cloning of an expert by its latent actions."""
     load: str | None = None
-    """A run's folder, whose parameters to begin with. Default for `dynamics` and `sample`: the newest run."""
+    """A run's folder, whose parameters to begin with. Default for all that need one: the newest run."""
+    port: int = 8000
+    """Where `play` serves its page, on this machine only; 0: any port that is free."""
     data: str = "coinrun"
-    """Where clips come from: coinrun, dots, or an .npz of videos, uint8 (videos, frames, height, width, 3)."""
+    """Where clips come from: coinrun, dots, an .npz of videos, uint8 (videos, frames, height, width, 3), or a folder of .gif or
+    .mp4 files (`pip install 'nightjax[video]'` for all but .gif)."""
     size: int = 64
-    """Height and width of the frames of dots, in pixels."""
+    """Height and width in pixels of the frames of dots, and of a folder's videos, which are cut to a square and scaled."""
     num_levels: int = 10_000
     """CoinRun's levels to learn from; those to test on come after them."""
     sticky: float = 0.0
@@ -149,12 +169,25 @@ class Config(RunConfig):
     eval_clips: int = 64
     """Held-out clips of an evaluation."""
 
+    bc_updates: int = 100_000
+    """Learning steps of `bc` per seed."""
+    bc_batch: int = 16
+    """The expert's clips of each of them."""
+    bc_blocks: int = 12
+    """ST blocks of its policies, which are as wide as the tokenizer."""
+    labels: int = 200
+    """The expert's steps whose true actions are known, from which `bc` learns what its latent actions mean."""
+
     def __post_init__(self):
         super().__post_init__()
-        for name in (field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused")):
+        for name in (
+            field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused", "port")
+        ):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2")
-        require_range(self, 0, 1000, "beta", "weight_decay", "temperature")
+        require_range(self, 0, 1000, "beta", "weight_decay")
+        require_range(self, 0, MAX_TEMPERATURE, "temperature")
+        require_range(self, 0, 65535, "port")
         for name in ("tokenizer_width", "lam_width", "dynamics_width"):
             width = getattr(self, name)
             require(width % (2 * self.heads) == 0, f"--{name.replace('_', '-')} {width}: must be a multiple of 2 * heads")
@@ -176,6 +209,7 @@ CPU = replace(
     save_every=500, num_levels=500, sticky=0.8, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2,
     decoder_blocks=2, lam_width=96, lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3,
     tokenizer_warmup=100, lr=1e-3, lr_min=1e-4, warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
+    bc_updates=600, bc_blocks=2,
 )  # fmt: skip
 
 
@@ -189,156 +223,7 @@ class State(NamedTuple):
     key: jax.Array
 
 
-# --- ST transformer (section 2, figure 4)
-
-
-class Spec(NamedTuple):
-    """What is static of a stack of blocks."""
-
-    heads: int
-    window: int  # frames that attention in time spans, the newest included
-    kind: Kind = "st_vivit"
-    qk_norm: bool = False
-    dtype: str = "float32"
-
-
-class Cache(NamedTuple):
-    """Keys and values of the frames before, for L blocks, in the S = window - 1 places of a ring: frame t is at t % S."""
-
-    k: jax.Array  # (L, B, S, N, heads, c)
-    v: jax.Array  # (L, B, S, N, heads, c)
-    t: jax.Array  # () int32: frames seen
-
-
-def init_block(key, width: int, ffn: int, heads: int, kind: Kind) -> dict:
-    """One block: attention in space, attention in time, ONE feed-forward layer after both."""
-    keys, params = jax.random.split(key, 6), {}
-    kept = {"st_vivit": ("space", "time"), "vit": ("space",), "c_vivit": ("time",)}[kind]
-    for name, key_qkv, key_out in zip(kept, keys[:2], keys[2:4], strict=False):
-        scale = jnp.ones((2, width // heads))  # of queries and keys, where they are normalised
-        qkv, out = init_dense(key_qkv, width, 3 * width, 1.0), init_dense(key_out, width, width, 0.5)
-        params[name] = {"norm": jnp.ones(width), "qkv": qkv, "out": out, "qk_scale": scale}
-    up, down = init_dense(keys[4], width, ffn * width), init_dense(keys[5], ffn * width, width, 0.5)
-    return params | {"ffn": {"norm": jnp.ones(width), "up": up, "down": down}}
-
-
-def init_st(key, n_in: int, n_out: int, num_tokens: int, width: int, blocks: int, config: Config, kind: Kind = "st_vivit") -> dict:
-    """Input layer, positions in space, blocks (stacked), output layer."""
-    key_in, key_space, key_blocks, key_out = jax.random.split(key, 4)
-    one = lambda key: init_block(key, width, config.ffn, config.heads, kind)
-    return {
-        "in": init_dense(key_in, n_in, width, 1.0),
-        "space": 0.1 * jax.random.normal(key_space, (num_tokens, width)),
-        "blocks": jax.vmap(one)(jax.random.split(key_blocks, blocks)),
-        "norm": jnp.ones(width),
-        "out": init_dense(key_out, width, n_out, 1.0),
-    }
-
-
-def rms_norm(scale, x) -> jax.Array:
-    """x / rms(x) * scale over the last axis."""
-    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
-
-
-def rotate(x, time) -> jax.Array:
-    """Rotary positions (2104.09864): x (B, T, N, heads, c), time (T,); products of queries and keys know only differences."""
-    half = x.shape[-1] // 2
-    angle = time[:, None] * 100.0 ** (-jnp.arange(half) / half)
-    cos, sin = (f(angle)[:, None, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
-
-
-def project(p, x, spec: Spec):
-    """Queries, keys and values (B, T, N, heads, c) of x (B, T, N, d)."""
-    q, k, v = jnp.split(dense(p["qkv"], rms_norm(p["norm"], x)), 3, axis=-1)
-    q, k, v = (y.reshape(*x.shape[:-1], spec.heads, -1) for y in (q, k, v))
-    if spec.qk_norm:
-        q, k = rms_norm(p["qk_scale"][0], q), rms_norm(p["qk_scale"][1], k)
-    return q, k, v
-
-
-def attend(q, k, v, mask=None) -> jax.Array:
-    """softmax(q k' / sqrt(c)) v: (..., Q, heads, c), 2 x (..., K, heads, c), mask (Q, K) -> (..., Q, heads * c)."""
-    score = jnp.einsum("...qhc,...khc->...hqk", q * q.shape[-1] ** -0.5, k)
-    score = score if mask is None else jnp.where(mask, score, -1e9)
-    y = jnp.einsum("...hqk,...khc->...qhc", jax.nn.softmax(score, axis=-1), v)
-    return y.reshape(*y.shape[:-2], -1)
-
-
-def attend_time(q, k, v, mask, kind: Kind) -> jax.Array:
-    """Attention to frames, position by position, or (c_vivit) of all tokens to all: (B, T, N, heads, c) -> (B, T, N, d)."""
-    batch, length, num, *_ = q.shape
-    if kind == "c_vivit":
-        q, k, v = (x.reshape(batch, -1, *x.shape[3:]) for x in (q, k, v))
-        return attend(q, k, v, mask.repeat(num, 0).repeat(num, 1)).reshape(batch, length, num, -1)
-    return attend(*(x.swapaxes(1, 2) for x in (q, k, v)), mask).swapaxes(1, 2)
-
-
-def block(p, x, spec: Spec, mask, time, past):
-    """x (B, T, N, d), past: none, or keys and values (B, S, N, heads, c) of frames before -> x, the new keys and values."""
-    k = v = ()
-    if "space" in p:
-        x = x + dense(p["space"]["out"], attend(*project(p["space"], x, spec)))
-    if "time" in p:
-        q, k, v = project(p["time"], x, spec)
-        q, k = rotate(q, time), rotate(k, time)
-        ks, vs = (k, v) if past is None else (jnp.concatenate([old, new], axis=1) for old, new in zip(past, (k, v), strict=True))
-        x = x + dense(p["time"]["out"], attend_time(q, ks, vs, mask, spec.kind))
-    hidden = jax.nn.gelu(dense(p["ffn"]["up"], rms_norm(p["ffn"]["norm"], x)))
-    return x + dense(p["ffn"]["down"], hidden), (k, v)
-
-
-def st_blocks(params, x, spec: Spec, cache: Cache | None = None):
-    """x (B, T, N, d) -> the same after all blocks, and the cache with this frame in it. With a cache T is 1.
-
-    A frame sees itself and the window - 1 frames before it, in every block; so keys and values of past frames never change, and
-    the cached step gives what the whole sequence would.
-    """
-    dtype = jnp.dtype(spec.dtype)
-    blocks, x = jax.tree.map(lambda y: y.astype(dtype), (params["blocks"], x))
-    if cache is None:
-        time = jnp.arange(x.shape[1])
-        ago = time[:, None] - time
-        mask = (ago >= 0) & (ago < spec.window)
-        x, _ = jax.lax.scan(lambda x, p: (block(p, x, spec, mask, time, None)[0], None), x, blocks)
-        return x.astype(jnp.float32), None
-    slots = spec.window - 1
-    mask = jnp.append(jnp.arange(slots) < cache.t, True)[None]
-    step = lambda x, inputs: block(inputs[0], x, spec, mask, cache.t[None], inputs[1:])
-    x, new = jax.lax.scan(step, x, (blocks, cache.k, cache.v))
-    k, v = jax.tree.map(lambda old, now: old.at[:, :, cache.t % slots].set(now[:, :, 0]), (cache.k, cache.v), new)
-    return x.astype(jnp.float32), Cache(k, v, cache.t + 1)
-
-
-def init_cache(params, spec: Spec, batch: int, num_tokens: int) -> Cache:
-    """A cache before the first frame; nothing in it for `vit`."""
-    blocks, width = params["blocks"]["ffn"]["norm"].shape
-    shape = (blocks, batch, spec.window - 1, num_tokens, spec.heads, width // spec.heads)
-    empty = () if spec.kind == "vit" else jnp.zeros(shape, spec.dtype)
-    return Cache(empty, empty, jnp.int32(0))
-
-
-def st(params, x, spec: Spec, extra=0.0, cache: Cache | None = None):
-    """Input layer, plus positions and `extra`, blocks, output layer: (B, T, N, n_in) -> (B, T, N, n_out), cache."""
-    x, cache = st_blocks(params, dense(params["in"], x) + params["space"] + extra, spec, cache)
-    return dense(params["out"], rms_norm(params["norm"], x)), cache
-
-
 # --- patches and codes
-
-
-def patchify(frames, size: int) -> jax.Array:
-    """(B, T, H, W, 3) uint8 -> (B, T, N, size * size * 3) in [0, 1], patches row by row."""
-    b, t, h, w, c = frames.shape
-    x = frames.reshape(b, t, h // size, size, w // size, size, c).swapaxes(3, 4)
-    return x.reshape(b, t, -1, size * size * c).astype(jnp.float32) / 255
-
-
-def unpatchify(x, size: int, shape: tuple[int, int]) -> jax.Array:
-    """(B, T, N, size * size * 3) -> (B, T, H, W, 3)."""
-    b, t, h, w = *x.shape[:2], shape[0] // size, shape[1] // size
-    return x.reshape(b, t, h, w, size, size, 3).swapaxes(3, 4).reshape(b, t, *shape, 3)
 
 
 def unit(x) -> jax.Array:
@@ -362,12 +247,6 @@ def restart(key, codebook, unused, index, e, after: int):
     dead = unused >= after
     place = jax.random.randint(key, unused.shape, 0, e.shape[0])
     return jnp.where(dead[:, None], e[place], codebook), jnp.where(dead, 0, unused)
-
-
-def perplexity(index, num: int) -> jax.Array:
-    """exp of the entropy of the codes' frequencies."""
-    share = jax.nn.one_hot(index.reshape(-1), num).mean(0)
-    return jnp.exp(-(share * jnp.log(share + 1e-9)).sum())
 
 
 # --- tokenizer (section 2.1, appendix C.2)
@@ -507,44 +386,58 @@ def lead_in(codes) -> jax.Array:
     return jnp.pad(codes, ((0, 0), (1, 0), (0, 0)))
 
 
-def dynamics_loss(params, key, tokens, codes, config: Config):
-    """Cross-entropy of the hidden tokens -> loss, metrics."""
-    mask = draw_mask(key, tokens.shape, config)
-    seen = jnp.where(mask, config.num_codes, tokens)
-    logits, _ = predict_tokens(params, seen, lead_in(codes), config)
+def hidden_loss(params, tokens, mask, codes, config: Config):
+    """Cross-entropy (nats) and accuracy of the hidden tokens, given the others and codes (B, T - 1, code_dim)."""
+    logits, _ = predict_tokens(params, jnp.where(mask, config.num_codes, tokens), lead_in(codes), config)
     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
     right = logits.argmax(-1) == tokens
-    loss, accuracy = (jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+    return tuple(jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+
+
+def dynamics_loss(params, key, tokens, codes, config: Config):
+    """Cross-entropy of tokens hidden at random -> loss, metrics."""
+    loss, accuracy = hidden_loss(params, tokens, draw_mask(key, tokens.shape, config), codes, config)
     return loss, {"dynamics_loss": loss, "dynamics_accuracy": accuracy}
 
 
 # --- sampling (section 2.2)
 
 
-def sample_frame(key, params, cache: Cache, action, config: Config):
-    """Draws one frame after those in the cache, given the code (B, code_dim) that leads to it -> tokens (B, N), the new cache.
+def draw_tokens(key, logits, temperature) -> jax.Array:
+    """Draws from softmax(logits / temperature), (..., K) -> (...); 0: the likeliest. One random number a token, not K, as with
+    jax.random.categorical, which took a quarter of a frame's time."""
+    weight = jnp.exp((logits - logits.max(-1, keepdims=True)) / jnp.maximum(temperature, 1e-6))
+    below = jnp.cumsum(weight, axis=-1)
+    return (below < jax.random.uniform(key, (*logits.shape[:-1], 1)) * below[..., -1:]).sum(-1)
 
+
+def sample_frame(key, params, cache: Cache, action, config: Config, temperature=None, steps=None):
+    """Draws one frame after those in the cache, given the code (B, code_dim) that leads to it; None: the config's own numbers.
+
+    -> tokens (B, N), the new cache, the probability that each token had when it was drawn (B, N).
     MaskGIT (2202.04200): in every step all hidden tokens are drawn, and the surest are kept, a cosine's share.
     """
-    num, steps = params["space"].shape[0], config.maskgit_steps
+    temperature = config.temperature if temperature is None else temperature
+    steps = config.maskgit_steps if steps is None else steps
+    num = params["space"].shape[0]
 
     def logits_of(tokens):
         logits, new = predict_tokens(params, tokens[:, None], action[:, None], config, cache)
         return logits[:, 0], new
 
-    def step(tokens, inputs):
-        key, s = inputs
+    def step(s, carry):
+        tokens, sure = carry
         logits, _ = logits_of(tokens)
-        draw = jax.random.categorical(key, logits / max(config.temperature, 1e-6)) if config.temperature else logits.argmax(-1)
-        sure = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
-        known = tokens < config.num_codes
-        rank = jnp.where(known, -jnp.inf, -sure).argsort(-1).argsort(-1)
-        keep = jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / steps)))
-        return jnp.where(~known & (rank < keep), draw, tokens), None
+        draw = draw_tokens(jax.random.fold_in(key, s), logits, temperature)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
+        hidden = tokens == config.num_codes
+        rank = jnp.where(hidden, -log_p, -jnp.inf).argsort(-1).argsort(-1)
+        kept = hidden & (rank < jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / steps))))
+        return jnp.where(kept, draw, tokens), jnp.where(kept, jnp.exp(log_p), sure)
 
-    hidden = jnp.full((action.shape[0], num), config.num_codes)
-    tokens, _ = jax.lax.scan(step, hidden, (jax.random.split(key, steps), jnp.arange(1, steps + 1)))
-    return tokens, logits_of(tokens)[1]
+    start = (jnp.full((action.shape[0], num), config.num_codes), jnp.zeros((action.shape[0], num)))
+    tokens, sure = jax.lax.fori_loop(1, steps + 1, step, start)
+    return tokens, logits_of(tokens)[1], sure
 
 
 def read_prompt(params, tokens, codes, config: Config) -> Cache:
@@ -565,7 +458,7 @@ def rollout(key, params, prompt, codes, config: Config) -> jax.Array:
     cache = read_prompt(params, prompt, codes[:, :length], config)
 
     def step(cache, inputs):
-        tokens, cache = sample_frame(inputs[0], params, cache, inputs[1], config)
+        tokens, cache, _ = sample_frame(inputs[0], params, cache, inputs[1], config)
         return cache, tokens
 
     keys = jax.random.split(key, codes.shape[1] - length)
@@ -574,10 +467,6 @@ def rollout(key, params, prompt, codes, config: Config) -> jax.Array:
 
 
 # --- training
-
-
-def num_patches(shape: tuple[int, int], patch: int) -> int:
-    return (shape[0] // patch) * (shape[1] // patch)
 
 
 def source_of(config: Config) -> Source:
@@ -681,23 +570,19 @@ def make_train(config: Config) -> Train:
 # --- evaluation
 
 
-def psnr(x, y) -> jax.Array:
-    """Peak signal to noise ratio in dB of frames in [0, 1], 50 at most: (..., H, W, 3) -> (...)."""
-    return -10 * jnp.log10(jnp.maximum(((x - jnp.clip(y, 0, 1)) ** 2).mean((-3, -2, -1)), 1e-5))
-
-
 def evaluate(config: Config, source: Source, state: State) -> dict:
     """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
-    clips = source.held_out(jax.random.key(1), config.eval_clips)
-    tokens = tokenise(state.params["tokenizer"], clips.frames, config)
-    key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
-    results = tokenizer_results(state.params, clips.frames, tokens, config) | lam_results(state.params, clips, source, config)
+    params, clips = state.params, source.held_out(jax.random.key(1), config.eval_clips)
+    tokens, (codes, index) = tokenise(params["tokenizer"], clips.frames, config), actions_of(params, clips.frames, config)
+    results = tokenizer_results(params, clips.frames, tokens, config)
+    results |= lam_results(params, clips, codes, index, source, config)
     if config.stage in ("tokenizer", "lam"):
         return results
-    codes = actions_of(state.params, clips.frames, config)[0]
-    results |= token_results(key_mask, state.params, tokens, codes, config)
-    results |= delta_psnr(key_play, state.params, clips.frames, tokens, codes, config)
-    return results | {"controls": controls(key_film, state.params, tokens[:4], codes[:4], source.shape, config)}
+    key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
+    results |= token_results(key_mask, params, tokens, codes, config)
+    others = source.held_out(jax.random.key(3), config.eval_clips).frames
+    results |= play_results(key_play, params, clips.frames, others, tokens, codes, config)
+    return results | {"controls": controls(key_film, params, tokens[:4], codes[:4], source.shape, config)}
 
 
 def actions_of(params, frames, config: Config):
@@ -725,19 +610,14 @@ def tokenizer_results(params, frames, tokens, config: Config) -> dict:
     }
 
 
-def to_uint8(x) -> jax.Array:
-    return (255 * jnp.clip(x, 0, 1) + 0.5).astype(jnp.uint8)
-
-
-def lam_results(params, clips, source: Source, config: Config) -> dict:
+def lam_results(params, clips, codes, index, source: Source, config: Config) -> dict:
     """How much the inferred codes help the decoder against other clips' codes, in dB; what codes say of the true change."""
     x = lam_view(params, clips.frames, config)
-    codes, index = actions_of(params, clips.frames, config)
     error = lambda codes: ((predict_next(params["lam"], x[:, :-1], codes, config) - x[:, 1:]) ** 2).mean((-2, -1)) + 1e-10
-    lam_psnr, shuffled = (-10 * jnp.log10(error(c)).mean() for c in (codes, jnp.roll(codes, 1, axis=0)))
-    count = lambda change: jnp.einsum(
-        "bta,btc->ac", jax.nn.one_hot(index, config.num_actions), jax.nn.one_hot(change, source.num_changes)
-    )
+    arms = jnp.stack([codes, jnp.roll(codes, 1, axis=0)])
+    lam_psnr, shuffled = jax.lax.map(lambda codes: -10 * jnp.log10(error(codes)).mean(), arms)
+    of_code = jax.nn.one_hot(index, config.num_actions)
+    count = lambda change: jnp.einsum("bta,btc->ac", of_code, jax.nn.one_hot(change, source.num_changes))
     table = count(clips.change)
     return {
         "lam_psnr": lam_psnr,
@@ -750,54 +630,49 @@ def lam_results(params, clips, source: Source, config: Config) -> dict:
     }
 
 
-def information(table) -> jax.Array:
-    """Mutual information over the smaller entropy, of a table of counts: 0 for independent, 1 where one tells the other."""
-    p = table / table.sum()
-    entropy = lambda q: -(q * jnp.log(q + 1e-12)).sum()
-    rows, columns = entropy(p.sum(1)), entropy(p.sum(0))
-    smaller = jnp.minimum(rows, columns)
-    return jnp.where(smaller > 1e-3, (rows + columns - entropy(p)) / smaller, 0.0)
-
-
 def token_results(key, params, tokens, codes, config: Config) -> dict:
     """Cross-entropy (nats) of the last frame's tokens, all hidden: of the dynamics; of the tokens' frequencies; of the best mixture
-    of those with a copy of the frame before."""
-    seen = tokens.at[:, -1].set(config.num_codes)
-    logits = predict_tokens(params["dynamics"], seen, lead_in(codes), config)[0][:, -1]
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, -1, :, None], axis=-1)
+    of those with a copy of the frame before. And of tokens hidden as in training."""
+    drawn = draw_mask(key, tokens.shape, config)
+    masks = jnp.stack([drawn, jnp.zeros_like(drawn).at[:, -1].set(True)])
+    masked, last = jax.lax.map(lambda mask: hidden_loss(params["dynamics"], tokens, mask, codes, config)[0], masks)
     share = jnp.zeros(config.num_codes).at[tokens.reshape(-1)].add(1.0) / tokens.size
     unigram, same = share[tokens[:, -1]], tokens[:, -1] == tokens[:, -2]
     weights = jnp.linspace(0, 1, 101)[:-1, None, None]  # the best of these on the very clips: it favours the baseline
-    copy = -jnp.log(weights * same + (1 - weights) * unigram).mean((1, 2)).min()
-    masked = dynamics_loss(params["dynamics"], key, tokens, codes, config)[0]
     return {
-        "cross_entropy": -log_p.mean(),
+        "cross_entropy": last,
         "unigram_cross_entropy": -jnp.log(unigram).mean(),
-        "copy_cross_entropy": copy,
+        "copy_cross_entropy": -jnp.log(weights * same + (1 - weights) * unigram).mean((1, 2)).min(),
         "masked_cross_entropy": masked,
     }
 
 
-def delta_psnr(key, params, frames, tokens, codes, config: Config, draws: int = 2) -> dict:
-    """Delta_4 PSNR (section 3): PSNR of the 4th generated frame under inferred codes minus that under random ones, same key."""
+def play_results(key, params, frames, others, tokens, codes, config: Config, draws: int = 2) -> dict:
+    """Delta_4 PSNR (section 3): PSNR of the 4th generated frame under inferred codes minus that under random ones, same key.
+
+    And how far 4 generated frames lie from other clips' frames, beside how far true ones do (Frechet, random features: not FVD).
+    """
     key_draw, key_codes = jax.random.split(key)
-    prompt, frame = config.prompt_frames, config.prompt_frames + 3
-    truth, codes = frames[:, frame] / 255, codes[:, :frame]
-    codebook = unit(params["lam"]["codebook"])
+    prompt, end = config.prompt_frames, config.prompt_frames + 4
+    truth, codes = frames[:, prompt:end] / 255, codes[:, : end - 1]
+    index = jax.random.randint(key_codes, (draws, *codes.shape[:2]), 0, config.num_actions)[:, :, prompt - 1 :]
+    random = jnp.stack([codes] * draws).at[:, :, prompt - 1 :].set(unit(params["lam"]["codebook"])[index])
 
     def played(codes):
         drawn = rollout(key_draw, params["dynamics"], tokens[:, :prompt], lead_in(codes), config)
-        return psnr(truth, pixels(params, drawn, frames.shape[2:4], config)[:, frame])
+        return pixels(params, drawn, frames.shape[2:4], config)[:, prompt:]
 
-    def at_random(key):
-        index = jax.random.randint(key, codes.shape[:2], 0, config.num_actions)
-        return played(codes.at[:, prompt - 1 :].set(codebook[index][:, prompt - 1 :]))
-
-    inferred = played(codes)
-    random = jax.lax.map(at_random, jax.random.split(key_codes, draws)).mean(0)
-    delta = inferred - random
-    low = delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1)
-    return {"rollout_psnr": inferred.mean(), "delta4_psnr": delta.mean(), "delta4_psnr_low": low}
+    clips = jax.lax.map(played, jnp.concatenate([codes[None], random]))  # (1 + draws, B, 4, H, W, 3)
+    inferred, *at_random = psnr(truth[:, 3], clips[:, :, 3])
+    delta = inferred - sum(at_random) / draws
+    others = random_features(others[:, prompt:end] / 255)
+    return {
+        "rollout_psnr": inferred.mean(),
+        "delta4_psnr": delta.mean(),
+        "delta4_psnr_low": delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1),
+        "frechet": frechet(random_features(clips[0]), others),
+        "frechet_of_truth": frechet(random_features(truth), others),
+    }
 
 
 def controls(key, params, tokens, codes, shape, config: Config) -> jax.Array:
@@ -811,6 +686,82 @@ def controls(key, params, tokens, codes, shape, config: Config) -> jax.Array:
     return film.transpose(2, 0, 3, 1, 4, 5).reshape(length, rows * shape[0], actions * shape[1], 3)
 
 
+# --- playing (section 2.2)
+
+HELD = 5  # frames for which a code is held to show what it does (figure 17)
+
+
+class World(NamedTuple):
+    """Where worlds that are being played are."""
+
+    dynamics: Cache
+    decoder: Cache  # the tokenizer's
+
+
+def begin_world(params, frames, codes, config: Config):
+    """Frames (1, P, H, W, 3), the codes between them (1, P - 1) -> World, the frames as the tokenizer gives them."""
+    tokens, codebook = tokenise(params["tokenizer"], frames, config), unit(params["lam"]["codebook"])
+    dynamics = read_prompt(params["dynamics"], tokens, lead_in(codebook[codes]), config)
+    decoder = params["tokenizer"]["decoder"]
+    empty = World(dynamics, init_cache(decoder, tokenizer_spec(config), 1, tokens.shape[2]))
+    world, shown = jax.lax.scan(lambda world, z: show(params, world, z, config, frames.shape[2:4]), empty, tokens.swapaxes(0, 1))
+    return world, shown.swapaxes(0, 1)
+
+
+def show(params, world: World, tokens, config: Config, shape):
+    """Decodes the next frame, tokens (B, N) -> World, frames (B, H, W, 3) uint8."""
+    x, decoder = decode(params["tokenizer"], tokens[:, None], config, world.decoder)
+    return world._replace(decoder=decoder), to_uint8(unpatchify(x, config.patch, shape))[:, 0]
+
+
+def imagine(key, params, world: World, codes, temperature, steps, config: Config, shape):
+    """The next frame of B worlds, given codes (B,) -> World, frames (B, H, W, 3), how sure tokens are (B, N)."""
+    action = unit(params["lam"]["codebook"])[codes]
+    tokens, dynamics, sure = sample_frame(key, params["dynamics"], world.dynamics, action, config, temperature, steps)
+    return *show(params, world._replace(dynamics=dynamics), tokens, config, shape), sure
+
+
+def model_to_play(params, config: Config, shape: tuple[int, int]) -> Model:
+    """The trained parameters as the page's model."""
+    grid = (shape[0] // config.patch, shape[1] // config.patch)
+    key_of = lambda seed, time: jax.random.fold_in(jax.random.key(seed), time)
+
+    def begin(params, frames, codes):
+        world, shown = begin_world(params, frames[None], codes[None], config)
+        return world, shown[0]
+
+    def step(params, seed, time, world, code, temperature, steps):
+        world, frames, sure = imagine(key_of(seed, time), params, world, code[None], temperature, steps, config, shape)
+        return world, frames[0], sure[0].reshape(grid)
+
+    def hold(params, seed, time, world, temperature, steps):
+        worlds = jax.tree.map(lambda x: x.repeat(config.num_actions, 1) if x.ndim else x, world)
+        codes = jnp.arange(config.num_actions)
+        one = lambda worlds, key: imagine(key, params, worlds, codes, temperature, steps, config, shape)[:2]
+        return jax.lax.scan(one, worlds, jax.random.split(key_of(seed, time), HELD))[1].swapaxes(0, 1)
+
+    infer = lambda params, frames: actions_of(params, frames[None], config)[1][0]
+    begin, step, hold, infer = (partial(jax.jit(f), params) for f in (begin, step, hold, infer))
+    begin_from = lambda frames, codes: begin(frames, np.asarray(codes, np.int32))
+    return Model(shape, config.num_actions, infer, begin_from, lambda *x: step(*x[:3], np.int32(x[3]), *x[4:]), hold)
+
+
+def play(config: Config, folder: Path) -> None:
+    """Serves a page on which a person plays the first seed of the run in a folder."""
+    stop = begin(config)
+    trained, params, source = trained_run(config, folder)
+    about = {"title": f"Genie: {folder}", "subtitle": f"{trained.data}, {trained.num_actions} latent actions"}
+    with open_server(config.port) as server:
+        model = model_to_play(params, trained, source.shape)
+        infer = partial(jax.jit(lambda params, frames: actions_of(params, frames, trained)[1]), params)
+        meaning = read_codes(infer, source, trained.num_actions, trained.eval_clips)
+        truth = truth_of(infer, source, meaning, trained.num_frames, trained.prompt_frames, trained.sticky)
+        session = Session(model, truth, about | describe_codes(source, meaning), config.temperature, config.maskgit_steps)
+        for request in ({"do": "hold"}, {"do": "step", "code": 0}, {"do": "reset"}):  # compiled before the first visit
+            session.answer(request)
+        serve(server, session, stop)
+
+
 # --- command
 
 
@@ -820,33 +771,65 @@ def state_like(config: Config):
     return jax.eval_shape(jax.vmap(make_train(config).init), keys)
 
 
-def read_run(folder: Path) -> tuple[Config, dict]:
-    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint. Raises UsageError if there is none."""
+def find_run(folder: Path) -> tuple[Config, Path]:
+    """The settings and the newest checkpoint of a run. Raises UsageError if there is none, before any device is used."""
     found = newest_good(folder / "checkpoints")
     require(found, f"--load {folder}: there is no checkpoint")
-    settings = read_meta(found[0])["config"]
-    names = {field.name for field in fields(Config)}
-    require(set(settings) == names, f"--load {folder}: is no run of this version of Genie")
-    config = Config(**settings)
-    return config, load(found[0], state_like(config)).params
+    settings = found[1]["config"]
+    try:
+        config = Config(**settings)
+    except TypeError:
+        config = None
+    require(config and as_dict(config) == settings, f"--load {folder}: is no run of this version of Genie")
+    return config, found[0]
+
+
+def read_run(folder: Path) -> tuple[Config, dict]:
+    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint."""
+    config, path = find_run(folder)
+    return config, load(path, state_like(config)).params
 
 
 def starting_params(config: Config, folder: Path) -> dict:
     """The parameters of another run, for run(given=...). Raises UsageError where they do not fit this run's sizes."""
-    _, params = read_run(folder)
-    wanted = state_like(config).params
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(params), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        require(x.shape == y.shape, f"--load {folder}: {name} is {list(y.shape)}, this run has {list(x.shape)}")
+    theirs, params = read_run(folder)
+    seeds = f"--load {folder}: has {theirs.num_seeds} seeds, this run {config.num_seeds}"
+    require(theirs.num_seeds == config.num_seeds, f"{seeds}: give --num-seeds {theirs.num_seeds}")
+    name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
+    shapes = lambda tree: {name_of(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    given, wanted = shapes(params), shapes(state_like(config).params)
+    for name in given | wanted:
+        has, needs = given.get(name, "not there"), wanted.get(name, "none")
+        require(has == needs, f"--load {folder}: {name} is {has}, this run has {needs}")
     return {"params": params}
+
+
+def trained_run(config: Config, folder: Path) -> tuple[Config, dict, Source]:
+    """A finished run's settings (but how to sample is this config's), its first seed's parameters, its source of clips."""
+    trained, params = read_run(folder)
+    require(trained.stage in ("all", "dynamics"), f"--load {folder}: only its {trained.stage} was trained: give it to `dynamics`")
+    trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
+    return trained, jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
+
+
+def clone(config: Config, folder: Path) -> None:
+    """Trains and tests the policies of `bc`, one for each seed of the run in a folder."""
+    trained, params = read_run(folder)
+    require(trained.data == "coinrun", f"--load {folder}: has learned from {trained.data}; bc needs a run on coinrun")
+    own = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
+    own |= {name: getattr(config, name) for name in ("bc_updates", "bc_batch", "bc_blocks", "labels", "lr", "lr_min", "warmup")}
+    own |= {"num_updates": config.bc_updates, "num_seeds": trained.num_seeds}
+    own |= {name: min(getattr(config, name), config.bc_updates) for name in ("eval_every", "save_every")}
+    config = replace(trained, **own | {"stage": "bc"})
+    init_model, infer = lambda key: make_train(config).init(key).params, lambda params, x: actions_of(params, x, config)[1]
+    make = lambda config: make_cloning(config, source_of(config), optimisers(config)["world"], init_model, infer)
+    run(config, make, highlights=("won_latent", "won_oracle"), given=lambda: {"params": params})
 
 
 def sample(config: Config, folder: Path) -> None:
     """Writes a film of every code held after held-out prompts, by the first seed of the run in a folder."""
     begin(config)
-    trained, params = read_run(folder)
-    trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
-    params, source = jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
+    trained, params, source = trained_run(config, folder)
 
     @jax.jit
     def film(key):
@@ -859,14 +842,23 @@ def sample(config: Config, folder: Path) -> None:
     print(f"rows are prompts, columns are codes 0 to {trained.num_actions - 1}: {path}")
 
 
+def newest_run() -> Path:
+    """The folder that a run without --load begins from. Raises UsageError if there is none."""
+    runs = Path("runs") / method_name()
+    require(runs.is_dir(), f"--load: there is no run in {runs}; train one first, or give its folder")
+    return new_or_newest(runs, True)
+
+
 def main(config: Config) -> None:
     """Trains a stage, or samples."""
     with faults_in_one_line():
         folder = None
-        if config.load or config.stage in ("dynamics", "sample"):
-            folder = Path(config.load) if config.load else new_or_newest(Path("runs/genie"), True)
-        if config.stage == "sample":
-            return sample(config, folder)
+        done_with_a_run = {"sample": sample, "play": play, "bc": clone}
+        if config.load or config.stage in ("dynamics", *done_with_a_run):
+            folder = Path(config.load) if config.load else newest_run()
+            find_run(folder)
+        if config.stage in done_with_a_run:
+            return done_with_a_run[config.stage](config, folder)
     given = partial(starting_params, config, folder) if folder else None
     run(config, make_train, highlights=("psnr", "delta4_psnr"), given=given)
 

@@ -3,6 +3,7 @@
 import io
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,15 +17,29 @@ def save_image(path: Path, image: np.ndarray) -> None:
     write_atomically(path, lambda file: Image.fromarray(image).save(file, format="PNG"))
 
 
-def save_gif(path: Path, frames: np.ndarray, fps: int = 12) -> None:
-    """Writes (T, H, W, 3) uint8 frames as a looping GIF; a still end is cut to one second."""
+def fit_image(image, shape: tuple[int, int]) -> np.ndarray:
+    """A picture of Pillow's -> (H, W, 3) uint8: its middle, cut to the shape's ratio and then scaled."""
+    height, width = shape
+    scale = min(image.width / width, image.height / height)
+    cut = max(1, round(width * scale)), max(1, round(height * scale))
+    left, top = (image.width - cut[0]) // 2, (image.height - cut[1]) // 2
+    image = image.crop((left, top, left + cut[0], top + cut[1])).convert("RGB")  # first: scaling looks beyond the edge of a cut
+    return np.asarray(image.resize((width, height), 2), np.uint8)  # bilinear: no ringing
+
+
+def write_gif(file: BinaryIO, frames: np.ndarray, fps: int) -> None:
+    """Writes (T, H, W, 3) uint8 frames as a looping GIF."""
     from PIL import Image
 
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.save(file, format="GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)
+
+
+def save_gif(path: Path, frames: np.ndarray, fps: int = 12) -> None:
+    """Writes (T, H, W, 3) uint8 frames as a looping GIF; a still end is cut to one second."""
     moving = np.flatnonzero((frames[1:] != frames[:-1]).any(axis=(1, 2, 3)))
     frames = frames[: (moving[-1] + 2 if len(moving) else 1) + fps]
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    options = dict(format="GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)
-    write_atomically(path, lambda file: first.save(file, **options))
+    write_atomically(path, lambda file: write_gif(file, frames, fps))
 
 
 def _save_figure(path: Path, figure) -> None:

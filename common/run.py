@@ -117,9 +117,10 @@ def train_and_record(
     config, console = programs.config, Console(highlight=False, soft_wrap=True, quiet=not is_main())
     if jax.process_count() == 1:  # several processes end together, or the others would wait for the one that is gone
         stop.give_up = lambda: print(f"stopped before the chunk's end; {where_to_go_on(files)}", flush=True)
+    begins_with = given() if given and not config.resume else None  # here, so that its faults come before anything is compiled
     state, start = files.open(programs)
     if given and start == 0:
-        state = state._replace(**programs.place(given()))
+        state = state._replace(**programs.place(begins_with or given()))
     programs.compile()
     console.print(
         f"[bold]{files.method}[/bold]: {len(files.lanes)} seeds on {jax.device_count()} devices, "

@@ -183,6 +183,11 @@ def pile(dice: Dice, flat, x, y, dx, saw_x, enemy_x):
     return crates
 
 
+def difficulty(seed, hard: bool = True) -> jax.Array:
+    """How hard a seed's level is made: 1, 2 or 3."""
+    return 1 + (mt19937(seed, 7)[6 if hard else 4] % 3).astype(jnp.int32)
+
+
 # --- levels as the simulator holds them
 
 

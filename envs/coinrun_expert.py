@@ -32,12 +32,18 @@ def score(env: CoinRun, state: EnvState, params: EnvParams, plan) -> jax.Array:
     return value
 
 
-def make_expert(env: CoinRun):
-    """-> policy(key, state, params) -> action: the first key of the best of NUM_PLANS plans, made anew at every step."""
+def make_planner(env: CoinRun):
+    """-> plan(key, state, params) -> (HOLD * SEGMENTS,) int32: the best of NUM_PLANS plans."""
 
-    def policy(key, state: EnvState, params: EnvParams) -> jax.Array:
+    def plan(key, state: EnvState, params: EnvParams) -> jax.Array:
         plans = sample_plans(key)
         values = jax.vmap(lambda plan: score(env, state, params, plan))(plans)
-        return plans[values.argmax(), 0]
+        return plans[values.argmax()]
 
-    return policy
+    return plan
+
+
+def make_expert(env: CoinRun):
+    """-> policy(key, state, params) -> action: the first key of a plan made anew at every step."""
+    plan = make_planner(env)
+    return lambda key, state, params: plan(key, state, params)[0]

@@ -1,5 +1,6 @@
 """Genie's parts, at sizes at which a fact can be checked by hand."""
 
+import importlib.util
 from dataclasses import replace
 from functools import partial
 
@@ -7,11 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+from scipy import linalg
 
 from algos import genie
-from algos.genie import CPU, Spec
+from algos.genie import CPU
+from common import st
 from common.config import UsageError
-from envs.clips import make_source
+from envs import cloning
+from envs.clip_metrics import frechet, information, perplexity, psnr
+from envs.clips import Game, make_source
 
 pytestmark = pytest.mark.timeout(300)
 TINY = replace(
@@ -36,19 +42,19 @@ def differs(a, b):
 def test_blocks_are_causal_and_cached_steps_equal_the_whole(kind):
     """A frame changes itself and (but for vit) those that can see it, none before; step by step gives the whole sequence's numbers,
     also beyond the window, where the oldest frames have left the cache."""
-    spec, length = Spec(2, 3, kind, qk_norm=True), 8
-    params = genie.init_st(jax.random.key(0), 4, 6, 3, 8, 2, TINY, kind)
+    spec, length = st.Spec(2, 3, kind, qk_norm=True), 8
+    params = st.init_st(jax.random.key(0), 4, 6, 3, 8, 2, TINY, kind)
     x = jax.random.normal(jax.random.key(1), (2, length, 3, 4))
-    run = jax.jit(lambda x: genie.st(params, x, spec)[0])
+    run = jax.jit(lambda x: st.st(params, x, spec)[0])
     whole, other = run(x), run(x.at[:, 2].add(1.0))
     sees = 1 if kind == "vit" else 1 + 2 * (spec.window - 1)  # two blocks
     assert list(differs(whole, other)) == [2 <= t < 2 + sees for t in range(length)]
 
     def step(cache, x):
-        y, cache = genie.st(params, x[:, None], spec, cache=cache)
+        y, cache = st.st(params, x[:, None], spec, cache=cache)
         return cache, y[:, 0]
 
-    start = genie.init_cache(params, spec, 2, 3)
+    start = st.init_cache(params, spec, 2, 3)
     _, steps = jax.jit(partial(jax.lax.scan, step))(start, x.swapaxes(0, 1))
     np.testing.assert_allclose(steps.swapaxes(0, 1), whole, atol=1e-5)
 
@@ -56,7 +62,7 @@ def test_blocks_are_causal_and_cached_steps_equal_the_whole(kind):
 def test_attention_against_numpy():
     q, k, v = (jax.random.normal(key, (5, 2, 3)) for key in jax.random.split(jax.random.key(0), 3))
     mask = np.tril(np.ones((5, 5), bool))
-    found = np.asarray(genie.attend(q, k, v, mask)).reshape(5, 2, 3)
+    found = np.asarray(st.attend(q, k, v, mask)).reshape(5, 2, 3)
     for head in range(2):
         score = np.where(mask, np.asarray(q)[:, head] @ np.asarray(k)[:, head].T / np.sqrt(3), -np.inf)
         weight = np.exp(score) / np.exp(score).sum(1, keepdims=True)
@@ -65,9 +71,9 @@ def test_attention_against_numpy():
 
 def test_patches_come_back_and_hold_neighbours():
     frames = frames_of(jax.random.key(0))
-    patches = genie.patchify(frames, 8)
+    patches = st.patchify(frames, 8)
     np.testing.assert_allclose(patches[0, 1, 1].reshape(8, 8, 3), frames[0, 1, :8, 8:] / 255, atol=1e-6)
-    np.testing.assert_allclose(genie.unpatchify(patches, 8, SHAPE), frames / 255, atol=1e-6)
+    np.testing.assert_allclose(st.unpatchify(patches, 8, SHAPE), frames / 255, atol=1e-6)
 
 
 def test_quantiser_takes_the_nearest_and_lets_gradients_straight_through():
@@ -93,7 +99,7 @@ def test_only_codes_unused_for_long_begin_anew():
 def test_nothing_of_the_next_frame_reaches_its_prediction_but_by_the_code():
     """The decoder's x_{t+1} depends on x_1..x_t and codes up to t; the code of t -> t + 1 on x_1..x_{t+1}."""
     params = genie.init_lam(jax.random.key(0), TINY, SHAPE)
-    x = genie.patchify(frames_of(jax.random.key(1)), 8)
+    x = st.patchify(frames_of(jax.random.key(1)), 8)
     codes = jax.random.normal(jax.random.key(2), (2, 4, 8))
     run = jax.jit(lambda x, codes: (genie.infer_actions(params, x, TINY), genie.predict_next(params, x[:, :-1], codes, TINY)))
     (e, out), (e2, out2) = run(x, codes), run(x.at[:, 2].add(0.3), codes)
@@ -133,6 +139,17 @@ def test_sampling_from_the_cache_equals_sampling_from_the_whole_past(action_inpu
     np.testing.assert_array_equal(found, tokens)
 
 
+def test_tokens_are_drawn_at_the_temperature():
+    logits = jnp.log(jnp.array([0.1, 0.0, 0.6, 0.3])) + 3
+    draws = lambda temperature: np.bincount(
+        genie.draw_tokens(jax.random.key(0), jnp.tile(logits, (40_000, 1)), temperature), minlength=4
+    )
+    np.testing.assert_allclose(draws(1.0) / 40_000, [0.1, 0, 0.6, 0.3], atol=0.01)
+    sharp = np.array([0.1, 0, 0.6, 0.3]) ** 2
+    np.testing.assert_allclose(draws(0.5) / 40_000, sharp / sharp.sum(), atol=0.01)
+    assert draws(0.0).tolist() == [0, 0, 40_000, 0]
+
+
 def test_sampling_keeps_known_tokens_and_ends_with_none_hidden():
     params = genie.init_dynamics(jax.random.key(0), TINY, SHAPE)
     prompt, codes = jnp.zeros((2, 1, 4), jnp.int32), jnp.zeros((2, 5, 8))
@@ -147,7 +164,8 @@ def test_delta_psnr_is_zero_where_actions_do_nothing():
     params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape, x.dtype), state.params)
     frames, codes = frames_of(jax.random.key(1)), jax.random.normal(jax.random.key(2), (2, 4, 8))
     tokens = jax.random.randint(jax.random.key(3), (2, 5, 4), 0, 16)
-    delta = jax.jit(lambda params: genie.delta_psnr(jax.random.key(4), params, frames, tokens, codes, config)["delta4_psnr"])
+    played = lambda params: genie.play_results(jax.random.key(4), params, frames, frames, tokens, codes, config)
+    delta = jax.jit(lambda params: played(params)["delta4_psnr"])
     assert abs(delta(params)) > 1e-3
     params["dynamics"]["action"] = jnp.zeros_like(params["dynamics"]["action"])
     assert delta(params) == 0
@@ -169,12 +187,39 @@ def test_no_gradient_of_the_dynamics_reaches_the_other_parts():
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_policies_are_tried_by_what_their_actions_mean():
+    """A game that key 2 wins and all others lose at once: whoever means key 2 wins it, but for the share of random actions."""
+    over = lambda state, key: (state, jnp.where(key == 2, 1, 2))
+    game = Game(200, 3, 0, (), lambda level: jnp.int32(0), over, lambda state: jnp.zeros((*SHAPE, 3), jnp.uint8))
+    params = cloning.init_policy(jax.random.key(0), TINY, SHAPE, 3)
+    play = jax.jit(lambda meaning: cloning.play_policy(jax.random.key(1), game, params, meaning, TINY).mean())
+    always, never, unknown = (play(jnp.zeros((3, 3)).at[:, keys].set(5)) for keys in (2, 1, jnp.array([], int)))
+    assert 0.9 < always < 1 and 0 < never < 0.1 and 0.2 < unknown < 0.47
+
+
+def test_cloning_passes_over_what_comes_after_the_end():
+    params = cloning.init_policy(jax.random.key(0), TINY, SHAPE, 6)
+    frames, actions = frames_of(jax.random.key(1)), jnp.array([[3, 1, 0, 5], [2, 4, -1, -1]])
+    loss = jax.jit(lambda actions: cloning.cloning_loss(params, frames, actions, TINY))
+    first, both = loss(actions.at[1].set(-1)), loss(actions)
+    second = loss(actions.at[0].set(-1))
+    assert both == pytest.approx((4 * first + 2 * second) / 6, rel=1e-5)  # a policy never sees the other clip
+
+
 def test_information_and_perplexity_of_known_tables():
-    assert genie.information(jnp.diag(jnp.ones(4))) == pytest.approx(1, abs=1e-4)
-    assert genie.information(jnp.ones((4, 3))) == pytest.approx(0, abs=1e-4)
-    assert genie.perplexity(jnp.array([0, 0, 1, 1]), 6) == pytest.approx(2, abs=1e-3)
+    assert information(jnp.diag(jnp.ones(4))) == pytest.approx(1, abs=1e-4)
+    assert information(jnp.ones((4, 3))) == pytest.approx(0, abs=1e-4)
+    assert perplexity(jnp.array([0, 0, 1, 1]), 6) == pytest.approx(2, abs=1e-3)
     grey = jnp.full((8, 8, 3), 0.5)
-    assert genie.psnr(grey, grey + 0.1) == pytest.approx(20, abs=1e-3)
+    assert psnr(grey, grey + 0.1) == pytest.approx(20, abs=1e-3)
+
+
+def test_frechet_distance_against_scipy():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 4)), rng.normal(size=(300, 4)) @ rng.normal(size=(4, 4)) + 1
+    s, s2 = np.cov(x.T), np.cov(y.T)
+    wanted = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s + s2 - 2 * linalg.sqrtm(s @ s2).real)
+    assert jax.jit(frechet)(jnp.asarray(x), jnp.asarray(y)) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_dots_move_as_the_action_says():
@@ -214,3 +259,62 @@ def test_own_videos_are_cut_and_bad_ones_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(UsageError, match="must divide frames of 16 x 16"):
         genie.make_train(replace(TINY, patch=5))
+
+
+def write_gif_of(path, colours, size=(20, 10)):
+    """A GIF whose frames are plain, but for a white column to the left and right outside of the middle square."""
+    first, *rest = [Image.new("RGB", size, "white") for _ in colours]
+    for image, colour in zip((first, *rest), colours, strict=True):
+        image.paste(colour, (5, 0, 15, 10))
+    first.save(path, save_all=True, append_images=rest, duration=100)
+
+
+def test_a_folder_of_films_is_cut_scaled_and_never_mixed(tmp_path):
+    """Films of two lengths: clips lie within one film, the last film is held out."""
+    for name, red, length in (("a", 0, 5), ("b", 100, 7), ("c", 200, 6)):
+        write_gif_of(tmp_path / f"{name}.gif", [(red + 8 * t, 0, 0) for t in range(length)])
+    (tmp_path / "notes.txt").write_text("no film")
+    source = make_source(str(tmp_path), 5, 16, 1, 0.0)
+    assert source.shape == (16, 16) and source.game is None
+    clips, _ = source.draw(jax.random.key(0), (), 60)
+    red = np.asarray(clips.frames)[..., 0].astype(int)
+    assert (red.max((2, 3)) - red.min((2, 3)) <= 4).all() and (abs(np.diff(red[:, :, 8, 8]) - 8) <= 4).all()
+    assert set(np.round(red[:, 0, 8, 8] / 4) * 4) == {0, 100, 108, 116}
+    held = np.asarray(source.held_out(jax.random.key(0), 20).frames)[:, 0, 8, 8, 0]
+    assert (held >= 198).all() and held.max() <= 210
+
+
+def test_faulty_films_are_refused_in_one_line(tmp_path, monkeypatch):
+    def refused(words, size=16):
+        with pytest.raises(UsageError) as error:
+            make_source(str(tmp_path), 5, size, 1, 0.0)
+        assert words in str(error.value) and "\n" not in str(error.value)
+
+    refused("holds no .gif, .mp4")
+    write_gif_of(tmp_path / "a.gif", [(8 * t, 0, 0) for t in range(5)])
+    refused("at least two videos")
+    write_gif_of(tmp_path / "b.gif", [(8 * t, 0, 0) for t in range(4)])
+    refused("a video has 4 frames: at least --num-frames 5")
+    write_gif_of(tmp_path / "b.gif", [(8 * t, 0, 0) for t in range(5)])
+    with monkeypatch.context() as patch:
+        patch.setattr("envs.clips.MAX_BYTES", 9 * 16 * 16 * 3)
+        refused("of frames: take fewer")
+    (tmp_path / "b.gif").write_bytes(b"no film")
+    refused("b.gif: cannot be read as a video")
+    (tmp_path / "b.gif").unlink()
+    (tmp_path / "b.MP4").write_bytes(b"no film")
+    refused("cannot be read as a video" if importlib.util.find_spec("imageio_ffmpeg") else "pip install 'nightjax[video]'")
+
+
+def test_an_mp4_is_read(tmp_path):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="imageio-ffmpeg, of the extra `video`, is not installed")
+    for name, red in (("a", 40), ("b", 200)):
+        writer = ffmpeg.write_frames(str(tmp_path / f"{name}.mp4"), (64, 32), fps=10)
+        writer.send(None)
+        for t in range(6):
+            writer.send(np.full((32, 64, 3), (red, 8 * t, 0), np.uint8).tobytes())
+        writer.close()
+    source = make_source(str(tmp_path), 6, 16, 1, 0.0)
+    for clips, red in ((source.draw(jax.random.key(0), (), 2)[0], 40), (source.held_out(jax.random.key(0), 2), 200)):
+        frames = np.asarray(clips.frames).astype(int)
+        assert frames.shape == (2, 6, 16, 16, 3) and abs(frames[..., 0] - red).max() < 16

@@ -10,6 +10,9 @@ per CPU-second, of one XLA device, which other work on the machine hardly change
 coinrun   hard levels, 15 random actions, auto-reset. "play" steps alone; "pixels" makes each picture and looks at it; "stored"
           keeps every picture, as a clip. The peer is the real engine without threads, with its usual pictures (it cannot step
           without) and in its cheapest mode (flat rectangles, no backgrounds)
+sample    one world's next frame, 25 MaskGIT steps and its decoding, the window full. "cached" as it is played; "whole" encodes all
+          frames of the window anew in every step and decodes them all, as a model without a cache must. Sizes: the cpu preset, and
+          jafar's small one of the training parts (16 frames of 64 tokens, width 128, 6 blocks). Rates are frames
 """
 
 import json
@@ -84,6 +87,75 @@ def coinrun_peer(mode: str, num_envs: str) -> dict:
     return rate(run, num * steps)
 
 
+def settings(size: str):
+    """The sizes that are measured."""
+    from dataclasses import replace
+
+    from algos.genie import CPU
+
+    small = dict(num_frames=16, num_codes=1024, tokenizer_width=128, encoder_blocks=4, decoder_blocks=4, dynamics_blocks=6)
+    return {"cpu": CPU, "small": replace(CPU, **small)}[size]
+
+
+def sample_ours(mode: str, size: str) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from algos import genie
+
+    config, shape, window = settings(size), (64, 64), settings(size).num_frames
+    num = genie.num_patches(shape, config.patch)
+    inits = dict(tokenizer=genie.init_tokenizer, lam=genie.init_lam, dynamics=genie.init_dynamics)
+    params = jax.jit(lambda key: {name: init(key, config, shape) for name, init in inits.items()})(jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, window, num), 0, config.num_codes)
+    actions = genie.unit(jax.random.normal(jax.random.key(2), (1, window, config.code_dim)))
+
+    def whole_frame(key, params, tokens, actions):
+        """What sample_frame draws, with logits of the whole window."""
+
+        def step(s, new):
+            seen = jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1)
+            logits = genie.predict_tokens(params["dynamics"], seen, actions, config)[0][:, -1]
+            draw = genie.draw_tokens(jax.random.fold_in(key, s), logits, 1.0)
+            log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
+            hidden = new == config.num_codes
+            rank = jnp.where(hidden, -log_p, -jnp.inf).argsort(-1).argsort(-1)
+            keep = jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / config.maskgit_steps)))
+            return jnp.where(hidden & (rank < keep), draw, new)
+
+        new = jax.lax.fori_loop(1, config.maskgit_steps + 1, step, jnp.full((1, num), config.num_codes))
+        frames = genie.pixels(params, jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1), shape, config)
+        return genie.to_uint8(frames[:, -1])
+
+    def cached_frame(key, params, world):
+        return genie.imagine(key, params, world, jnp.zeros(1, int), 1.0, config.maskgit_steps, config, shape)[:2]
+
+    if mode == "whole":
+        given, one = (tokens, actions), jax.jit(whole_frame)
+    else:
+        frames, codes = jnp.zeros((1, window, *shape, 3), jnp.uint8), jnp.zeros((1, window - 1), int)
+        given = (jax.jit(lambda params: genie.begin_world(params, frames, codes, config)[0])(params),)
+        one = jax.jit(cached_frame)
+    keys = jax.random.split(jax.random.key(3), 4)
+    result = rate(lambda: jax.block_until_ready([one(key, params, *given) for key in keys]), len(keys))
+    began = time.perf_counter()
+    jax.block_until_ready([one(key, params, *given) for key in keys])
+    return result | {"steps_per_s": len(keys) / (time.perf_counter() - began)}
+
+
+def part_sample(note, peer: str | None) -> None:
+    """Takes one measurement of everything."""
+    for size in ("cpu", "small"):
+        for mode in ("cached", "whole"):
+            note(f"{mode}, {size}", sys.executable, "sample_ours", mode, size)
+
+
+def ratios_sample(runs: dict) -> dict:
+    """How many times the rate without a cache ours is."""
+    rate_of = lambda name: runs[name]["steps_per_cpu_s"]
+    return {f"frames, {size}, cached : whole": rate_of(f"cached, {size}") / rate_of(f"whole, {size}") for size in ("cpu", "small")}
+
+
 def part_coinrun(note, peer: str | None) -> None:
     """Takes one measurement of everything."""
     for num in map(str, ENVS):
@@ -105,8 +177,8 @@ def ratios_coinrun(runs: dict) -> dict:
     return found
 
 
-WORKERS = {f.__name__: f for f in (coinrun_ours, coinrun_peer)}
-PARTS = {"coinrun": (part_coinrun, ratios_coinrun)}
+WORKERS = {f.__name__: f for f in (coinrun_ours, coinrun_peer, sample_ours)}
+PARTS = {"coinrun": (part_coinrun, ratios_coinrun), "sample": (part_sample, ratios_sample)}
 
 
 # --- the comparison

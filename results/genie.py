@@ -1,0 +1,197 @@
+"""Genie's claims (2402.15391), measured again on CoinRun at a scale that fits two CPU cores. Run by reproduce.py."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from measure import ROOT, above, constant, curve, draw_band, last, made_by, over, pooled, seeds_of, spread, summary, trained
+
+DOTS = "lam --data dots --size 16 --num-actions 5 --num-frames 6 --prompt-frames 1 --eval-clips 256 --patch 8"
+SHORT = "all --num-updates 1200 --tokenizer-updates 450 --eval-every 1200 --save-every 600"
+RUNS = {  # name -> flags of algos/genie.py; `cloning` begins from the folder of `CoinRun`
+    "CoinRun": "all",
+    "dots": DOTS,
+    "short": SHORT,
+    "short, token LAM": f"{SHORT} --lam-input tokens",
+    "short, ViT": f"{SHORT} --tokenizer vit",
+    "short, width 64": f"{SHORT} --dynamics-width 64",
+    "short, width 256": f"{SHORT} --dynamics-width 256",
+    "cloning": "bc",
+}
+LAST = 300  # updates whose mean loss is compared between sizes, as in the paper's figure 9
+PLAYERS = ("latent", "oracle", "random", "right_up")
+
+
+def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
+    """Trains everything on one set of seeds -> the folders of the runs."""
+    runs = {}
+    for name, flags in RUNS.items():
+        flags = f"{flags} --load {runs['CoinRun']}" if name == "cloning" else flags
+        runs[name] = trained("genie", flags, seed, num_seeds, out / name.replace(", ", "_").replace(" ", "_").lower())
+    return runs
+
+
+# --- claims
+
+
+def claims(sets: list[dict[str, Path]]) -> list[dict]:
+    """The claims over the seeds of all sets."""
+    runs = pooled(sets)
+    of = {name: partial(last, folders) for name, folders in runs.items()}
+    return [*dots(of["dots"]), *parts(of["CoinRun"]), *control(of["CoinRun"]), *orders(of, runs), *cloning(of["cloning"]), *speed()]
+
+
+def dots(of) -> list[dict]:
+    """A world of a dot, where the true action is the dot's move."""
+    purity, perplexity = of("code_purity"), of("code_perplexity")
+    words = "a dot's moves: at least 95 % of the moves with a code are that code's commonest"
+    made = [above("dots-purity", words, "codes are consistent", purity, constant(0.95, purity))]
+    words = "a dot's moves: the perplexity of the five codes is at least 4.5"
+    return [*made, above("dots-perplexity", words, "codes are consistent", perplexity, constant(4.5, perplexity))]
+
+
+def parts(of) -> list[dict]:
+    """The tokenizer and the latent action model, on levels never trained on."""
+    psnr, copy, used = of("psnr"), of("copy_psnr"), of("codes_used")
+    made = [above("tokenizer-copy", "the tokenizer's PSNR is 3 dB above that of the frame before", "own bar", psnr, copy + 3)]
+    made.append(above("tokenizer-psnr", "the tokenizer's PSNR is above 25 dB", "36 dB, table 6", psnr, constant(25, psnr)))
+    made.append(above("tokenizer-codes", "over 30 % of the tokens are used", "own bar", used, constant(0.3, used)))
+    gain, perplexity = of("lam_psnr_gain"), of("code_perplexity")
+    words = "the LAM's decoder loses at least 0.5 dB with other clips' codes"
+    made.append(above("lam-gain", words, "codes carry what changes", gain, constant(0.5, gain)))
+    words = "the perplexity of the six latent actions is above 3"
+    made.append(above("lam-perplexity", words, "own bar", perplexity, constant(3, perplexity)))
+    words = "latent actions tell of the player's true move: information over entropy, 0.2 above chance"
+    ours, chance = of("code_information"), of("code_information_chance")
+    return [*made, above("lam-information", words, "consistent meaning", ours, chance + 0.2)]
+
+
+def control(of) -> list[dict]:
+    """The dynamics model, on levels never trained on."""
+    made = []
+    for name, words in (("unigram", "the tokens' frequencies"), ("copy", "the best mixture of a copy and their frequencies")):
+        words = f"the dynamics' cross-entropy of a hidden frame is below that of {words}"
+        made.append(above(f"dynamics-{name}", words, "own bar", of(f"{name}_cross_entropy"), of("cross_entropy")))
+    delta = of("delta4_psnr")
+    words = "generated frames obey the codes: Delta_4 PSNR is above 0"
+    made.append(above("delta4", words, "1.3 to 2.1 dB, tables 2 and 3", delta, constant(0, delta)))
+    low = of("delta4_psnr_low")
+    words = "the lower end of a seed's own 95 % interval of Delta_4 PSNR, over clips, is above 0"
+    return [*made, above("delta4-low", words, "own bar", low, constant(0, low))]
+
+
+def orders(of, runs) -> list[dict]:
+    """What the paper finds better, at a shorter training."""
+    delta = {name: of[name]("delta4_psnr") for name in RUNS if name.startswith("short")}
+    words = "a latent action model on pixels gives no less control than one on tokens, to 0.1 dB"
+    made = [above("pixel-lam", words, "1.91 against 1.33 dB, table 2", delta["short"], delta["short, token LAM"] - 0.1)]
+    words = "the ST-ViViT tokenizer gives rollouts no worse than the ViT's, to 0.2 dB"
+    ours, theirs = (of[name]("rollout_psnr") for name in ("short", "short, ViT"))
+    made.append(above("st-vivit", words, "FVD 81 against 115, table 3", ours, theirs - 0.2))
+    loss = {name: late(runs[name], "dynamics_loss") for name in ("short, width 64", "short", "short, width 256")}
+    for small, large in (("short, width 64", "short"), ("short", "short, width 256")):
+        widths = [name.split()[-1] if "width" in name else "128" for name in (small, large)]
+        words = f"the dynamics' loss in the last {LAST} updates is lower at width {widths[1]} than at {widths[0]}"
+        made.append(above(f"scaling-{widths[1]}", words, "figure 9", loss[small], loss[large]))
+    return made
+
+
+def late(folders, column: str) -> np.ndarray:
+    """The mean of a metric over the last LAST updates, for each seed."""
+    return np.array([y[x > x[-1] - LAST].mean() for x, y in curve(folders, "update", column)])
+
+
+def cloning(of) -> list[dict]:
+    """Behavioural cloning of an expert that is only watched, on levels never trained on."""
+    won = {name: of(f"won_{name}") for name in PLAYERS}
+    words = "the oracle, which clones true actions, wins at least 85 % of hard levels"
+    made = [above("bc-oracle", words, "own bar", won["oracle"], constant(0.85, won["oracle"]))]
+    words = "cloning latent actions with 200 labels wins at least 0.9 times as many levels as the oracle"
+    made.append(above("bc-latent", words, "equal to the oracle, figure 15", won["latent"], 0.9 * won["oracle"]))
+    for name, what in (("random", "random actions do"), ("right_up", "always right and up does")):
+        words = f"cloning latent actions wins more levels than {what}"
+        made.append(above(f"bc-{name}", words, "figure 15", won["latent"], won[name]))
+    return made
+
+
+def speed() -> list[dict]:
+    """CoinRun beside the real engine, per CPU-second (tests/bench/genie.py)."""
+    path = ROOT / "results" / "bench" / "genie.json"
+    ratios = json.loads(path.read_text())["coinrun"]["ratios"] if path.exists() else {}
+    made = []
+    for kind, what, least in (("play", "without pictures", 10), ("pixels", "with pictures", 1)):
+        words, ratio = (
+            f"CoinRun {what} is at least {least} times as fast as the real engine",
+            f"{kind}, 64 envs, ours : peer's usual",
+        )
+        if ratio in ratios:
+            made.append(over(f"coinrun-{kind}", words, "own bar", ratios[ratio], least, " times"))
+    return made
+
+
+# --- tables and figures
+
+
+def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
+    """Writes the figures to `out` -> the tables as Markdown, the names of the figures."""
+    runs = pooled(sets)
+    out.mkdir(parents=True, exist_ok=True)
+    plot_curves(runs, out / "curves.png")
+    (out / "controls.gif").write_bytes((runs["CoinRun"][0] / "videos" / "controls.gif").read_bytes())
+    return "\n".join([*how(runs), "", *table(runs), "", *cloning_table(runs["cloning"])]), ["curves.png", "controls.gif"]
+
+
+def how(runs) -> list[str]:
+    """What was run."""
+    config, seeds = summary(runs["CoinRun"][0])["config"], seeds_of(runs["CoinRun"])
+    short = summary(runs["short"][0])["config"]
+    return [
+        f"Seeds {seeds}. Hard CoinRun, {config['num_levels']} levels to learn from, measured on others; clips of "
+        f"{config['num_frames']} frames, {config['batch_size']} an update; {config['maskgit_steps']} MaskGIT steps at temperature "
+        f"{config['temperature']:g}, {config['prompt_frames']} frames of prompt. {made_by(runs)}.",
+        f"Updates of the tokenizer, and of latent actions and dynamics: {config['tokenizer_updates']} and "
+        f"{config['num_updates'] - config['tokenizer_updates']}; short runs {short['tokenizer_updates']} and "
+        f"{short['num_updates'] - short['tokenizer_updates']}. Mean ± standard error over seeds. Frechet: distance on features of "
+        "a fixed random layer, of generated frames and of true ones to other clips' frames; it is no FVD.",
+    ]
+
+
+def table(runs) -> list[str]:
+    """A row for each run of all parts."""
+    columns = ["psnr", "lam_psnr_gain", "code_perplexity", "code_information", "cross_entropy", "copy_cross_entropy"]
+    columns += ["rollout_psnr", "delta4_psnr", "frechet", "frechet_of_truth"]
+    names = ["run", "tokenizer, dB", "codes' gain, dB", "perplexity", "information", "cross-entropy", "of a copy"]
+    names += ["rollout, dB", "Delta_4 PSNR, dB", "Frechet", "of truth", "train time a set"]
+    rows = [f"| {' | '.join(names)} |", "| --- |" + " --- |" * (len(names) - 1)]
+    for name in [name for name in RUNS if name not in ("dots", "cloning")]:
+        minutes = np.mean([summary(folder)["train_s"] for folder in runs[name]]) / 60
+        cells = [name, *(spread(last(runs[name], column)) for column in columns), f"{minutes:.0f} min"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def cloning_table(folders) -> list[str]:
+    """Levels won by each policy."""
+    rows = ["| levels won | all | difficulty 1 | 2 | 3 |", "| --- | --- | --- | --- | --- |"]
+    for name in PLAYERS:
+        cells = [spread(last(folders, f"won_{name}{end}")) for end in ("", "_1", "_2", "_3")]
+        rows.append(f"| {name.replace('_', ' and ')} | {' | '.join(cells)} |")
+    return rows
+
+
+def plot_curves(runs, path: Path) -> None:
+    """Losses through training."""
+    from matplotlib.figure import Figure
+
+    columns = {"tokenizer_loss": ["CoinRun"], "lam_loss": ["CoinRun"], "dynamics_loss": ["CoinRun"]}
+    columns["dynamics_loss"] += ["short, width 64", "short", "short, width 256"]
+    figure = Figure(figsize=(4 * len(columns), 3.4), layout="constrained")
+    for ax, (column, names) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
+        for name in names:
+            pairs = curve(runs[name], "update", column)
+            shown = np.array([y for _, y in pairs])
+            there = np.isfinite(shown).all(0)
+            draw_band(ax, pairs[0][0][there], shown[:, there], name)
+        ax.set(title=column.replace("_", " "), xlabel="update", yscale="log")
+    figure.savefig(path, dpi=110)

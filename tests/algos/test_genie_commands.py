@@ -1,0 +1,130 @@
+"""Genie's commands on a run of a tiny model, which is not trained: what they write, and what they refuse."""
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_genie import TINY
+
+from algos import genie
+from common.checkpoint import save
+from common.config import UsageError, as_dict
+
+pytestmark = pytest.mark.timeout(280)
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = replace(TINY, encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1)
+
+
+@cache
+def begin(config):
+    """The first state of a run."""
+    return jax.jit(jax.vmap(genie.make_train(config).init))(jax.vmap(jax.random.key)(np.arange(config.num_seeds)))
+
+
+def save_run(folder, config=SMALL, stage="dynamics", settings=None):
+    """A run's folder with the checkpoint of a model that begins."""
+    config = replace(config, stage=stage)
+    state = begin(config)
+    save(folder / "checkpoints" / "00000004.npz", state, {"config": as_dict(config) | (settings or {})})
+    return folder, jax.tree.map(np.asarray, state.params)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("run"))
+
+
+def command(*flags):
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    return [sys.executable, str(ROOT / "algos" / "genie.py"), *map(str, flags), "--maskgit-steps", "2", "--cache", cache]
+
+
+def test_sample_films_every_code(saved, tmp_path):
+    done = subprocess.run(command("sample", "--load", saved[0], "--out", tmp_path), capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    film = Image.open(tmp_path / "videos" / "sample.gif")
+    assert film.size == (6 * 16, 4 * 16) and "columns are codes 0 to 5" in done.stdout
+
+
+def test_play_serves_its_page_until_it_is_stopped(saved):
+    program = subprocess.Popen(command("play", "--load", saved[0], "--port", "0"), stdout=subprocess.PIPE, text=True)
+    try:
+        line = program.stdout.readline()
+        port = int(line.split(":")[2].split("/")[0])
+
+        def ask(path, value=None):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            method, data = ("GET", None) if value is None else ("POST", json.dumps(value))
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            return json.loads(connection.getresponse().read())
+
+        about = ask("/about")
+        assert (about["codes"], about["height"], about["films"], about["game"]) == (6, 16, 64, True)
+        first, second = (ask("/do", {"do": "step", "code": code}) for code in (1, 2))
+        assert (first["time"], second["time"], second["prompt"]) == (1, 2, "held-out level 0")
+        assert np.array(second["sure"]).shape == (2, 2) and second["true"] is not None
+        assert ask("/do", {"do": "undo"})["frame"] == first["frame"]
+        assert ask("/do", {"do": "step", "code": 2})["frame"] == second["frame"]  # the same seed
+        assert ask("/do", {"do": "step", "code": 6})["error"].startswith("code 6: must be")
+        program.send_signal(signal.SIGINT)
+        assert program.wait(20) == 0 and program.stdout.read() == "stopped\n"
+    finally:
+        program.kill()
+
+
+NOWHERE = ("--load", "nowhere")
+
+
+@pytest.mark.parametrize("flags", [("play",), ("sample", *NOWHERE), ("dynamics", *NOWHERE), ("play", "--port", "70000")])
+def test_what_cannot_be_loaded_is_one_line(flags, tmp_path):
+    done = subprocess.run(command(*flags), cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.startswith("genie: error: --") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_run_begins_from_anothers_parameters(saved):
+    folder, params = saved
+    found = genie.starting_params(replace(SMALL, stage="lam"), folder)["params"]
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(dynamics_width=24), r"dynamics/action is \[1, 8, 16\], this run has \[1, 8, 24\]"),
+        (dict(num_actions=4), r"lam/codebook is \[1, 6, 8\], this run has \[1, 4, 8\]"),
+        (dict(tokenizer="vit"), "tokenizer/decoder/blocks/time/.* this run has none"),
+        (dict(num_seeds=2), "has 1 seeds, this run 2: give --num-seeds 1"),
+    ],
+)
+def test_other_sizes_are_one_line(saved, changes, words):
+    with pytest.raises(UsageError, match=words) as error:
+        genie.starting_params(replace(SMALL, **changes), saved[0])
+    assert "\n" not in str(error.value)
+
+
+def test_runs_that_cannot_be_played_are_one_line(tmp_path):
+    cases = [
+        (dict(stage="lam"), "only its lam was trained"),
+        (dict(settings={"dynamics_width": 24}), "this run has"),  # the settings do not fit the numbers beside them
+        (dict(settings={"more": 1}), "no run of this version"),
+        (dict(settings={"heads": "two"}), "no run of this version"),
+    ]
+    for i, (changes, words) in enumerate(cases):
+        folder, _ = save_run(tmp_path / str(i), **changes)
+        with pytest.raises(UsageError, match=words) as error:
+            genie.trained_run(TINY, folder)
+        assert "\n" not in str(error.value)
+    (folder / "checkpoints" / "00000004.npz").write_bytes(b"damaged")
+    with pytest.raises(UsageError, match="no checkpoint"):
+        genie.trained_run(TINY, folder)
