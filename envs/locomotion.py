@@ -69,7 +69,7 @@ TASKS = {
 }
 
 
-class Model(NamedTuple):
+class Body(NamedTuple):
     """A robot as MuJoCo's own code and as MJX have it."""
 
     host: Any
@@ -79,7 +79,7 @@ class Model(NamedTuple):
 
 
 @functools.cache
-def load_model(name: str) -> Model:
+def load_model(name: str) -> Body:
     """A task's robot.
 
     Raises ModuleNotFoundError without the physics extra.
@@ -102,7 +102,7 @@ def load_model(name: str) -> Model:
     with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):  # MJX puts its arrays on one device: taken off it again
         device = mjx.put_model(host)
         device, data = jax.tree.map(np.asarray, (device, mjx.make_data(device)))
-    return Model(host, device, data, margins)
+    return Body(host, device, data, margins)
 
 
 class LocomotionState(NamedTuple):
