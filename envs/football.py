@@ -246,7 +246,7 @@ LEVEL_BOUNDS = np.tile(np.float32([1.0, 0.42]), 21)
 # --- small things
 
 
-def value_of(hot, values) -> jax.Array:
+def read(hot, values) -> jax.Array:
     """The value (2, 11, ...) of the one that is set in `hot` (bool), 0 where nobody is."""
     return jnp.where(hot, values, 0).sum((0, 1))
 
@@ -401,8 +401,8 @@ def move(state: FootballState, keepers, skill) -> FootballState:
     facing_x = jnp.where(fast > 0.5, vx / fast, jnp.where(slow_turn, state.stick_x, state.facing_x))
     facing_y = jnp.where(fast > 0.5, vy / fast, jnp.where(slow_turn, state.stick_y, state.facing_y))
     ahead = jnp.where(state.sprint & (fast > 5.5), 0.95, 0.5)
-    carried = jnp.stack([value_of(has, x + ahead * facing_x), value_of(has, y + ahead * facing_y), 0 * state.ball[2] + RADIUS])
-    carried = jnp.concatenate([carried, jnp.stack([value_of(has, vx), value_of(has, vy), 0 * state.ball[2]])])
+    carried = jnp.stack([read(has, x + ahead * facing_x), read(has, y + ahead * facing_y), 0 * state.ball[2] + RADIUS])
+    carried = jnp.concatenate([carried, jnp.stack([read(has, vx), read(has, vy), 0 * state.ball[2]])])
     ball = jnp.where(has.any((0, 1)) & (state.mode == NORMAL), carried, state.ball)
     fatigue = jnp.minimum(state.fatigue + 3e-5 * fast * DT, 1.0)
     return state._replace(x=x, y=y, vx=vx, vy=vy, facing_x=facing_x, facing_y=facing_y, ball=ball, fatigue=fatigue)
@@ -438,19 +438,19 @@ def challenge(state: FootballState, u, left_first, skill):
     able = others_of(has) & state.active & (slides | (state.stun == 0)) & (state.lock == 0)
     who, _ = nearest_player(gap2, able & (gap2 < reach * reach), left_first)
     tries = who.any((0, 1)) & (state.mode == NORMAL) & ~hands
-    sliding, ease = (who & slides).any((0, 1)), value_of(who, skill)
+    sliding, ease = (who & slides).any((0, 1)), read(who, skill)
     loose = 1.0 + 0.8 * (has & state.sprint).any((0, 1)) - 0.4 * (has & state.dribble).any((0, 1))
     share = jnp.where((who & smothers).any((0, 1)), 0.5, jnp.where(sliding, 0.35, 0.1))
     wins = tries & (u[0] < share * loose * ease)
     fouls = tries & ~wins & (u[1] < jnp.where(sliding, 0.1, 0.06) * (2.0 - ease))
     clean = wins & (u[2] < 0.6)
     owner = jnp.where(wins, who & clean, has)
-    attack = value_of(has, like(SIDE, state.x))
+    attack = read(has, like(SIDE, state.x))
     away = attack * 8.0 * (u[3:5] - 0.5)
     ball = jnp.concatenate([state.ball[:3], jnp.where(wins & ~clean, away, state.ball[3:5]), state.ball[5:]])
     booked = who & fouls & sliding & (u[5] < 0.3)
     sent_off = booked & state.yellow
-    place = jnp.stack([value_of(has, state.x), value_of(has, state.y)])
+    place = jnp.stack([read(has, state.x), read(has, state.y)])
     penalty = (attack * place[0] > HALF_LENGTH - BOX_LENGTH) & (jnp.abs(place[1]) < BOX_WIDTH)
     mode = jnp.where(fouls, jnp.where(penalty, PENALTY, FREE_KICK), NORMAL)
     spot = jnp.where(penalty, attack * (HALF_LENGTH - 11.0), place[0]), jnp.where(penalty, 0.0, place[1])
@@ -479,17 +479,17 @@ def wind_up(state: FootballState, actions, u) -> FootballState:
     """Begins the owner's kick: the ball leaves two to four steps later. A restart not taken in time is taken all the same, and
     a keeper kicks what he holds."""
     has = state.owner
-    act = value_of(has, actions)
+    act = read(has, actions)
     keeper = (has & like(KEEPER, has)).any((0, 1))
     act = jnp.where(keeper, jnp.where(state.wait >= KEEPER_HOLDS, HIGH, 0), act)
     late = (state.mode > 0) & (state.wait >= FORCED_AFTER) & ((act < LONG) | (act > SHOT))
     act = jnp.where(late, jnp.where(state.mode == PENALTY, SHOT, SHORT), act)
     owned, ready = has.any((0, 1)), (state.mode == NORMAL) | (state.wait >= FREE_AFTER)
     starts = owned & ready & (state.kick == 0) & (act >= LONG) & (act <= SHOT)
-    stick = jnp.stack([value_of(has, state.stick_x), value_of(has, state.stick_y)])
-    ahead = value_of(has, like(SIDE, state.x))
+    stick = jnp.stack([read(has, state.stick_x), read(has, state.stick_y)])
+    ahead = read(has, like(SIDE, state.x))
     none = (stick[0] == 0) & (stick[1] == 0)
-    facing = jnp.stack([value_of(has, state.facing_x), value_of(has, state.facing_y)])
+    facing = jnp.stack([read(has, state.facing_x), read(has, state.facing_y)])
     stick = jnp.where(none, facing, stick)
     stick = jnp.where(keeper | late, jnp.stack([ahead, 0 * ahead]), stick)
     return state._replace(
@@ -504,12 +504,12 @@ def strike(state: FootballState, u, left_first, skill, offsides: bool):
     """The ball leaves the owner's foot, where it is time -> state, the kick's action or 0."""
     has = state.owner
     leaves = (state.kick > 0) & (state.kick_wait <= 0) & has.any((0, 1))
-    ease, side = value_of(has, skill), value_of(has, like(SIDE, state.x))
-    px, py = value_of(has, state.x), value_of(has, state.y)
+    ease, side = read(has, skill), read(has, like(SIDE, state.x))
+    px, py = read(has, state.x), read(has, state.y)
     gap = length(state.x - px, state.y - py)
     pressure = jnp.clip(1.0 - jnp.where(others_of(has), gap, FAR).min((0, 1)) / 3.0, 0.0, 1.0)
     passed = aim_pass(state, px, py, gap, left_first)
-    speed = length(value_of(has, state.vx), value_of(has, state.vy))
+    speed = length(read(has, state.vx), read(has, state.vy))
     shot, spread = aim_shot(state, px, py, side, speed, pressure, u[4])
     is_shot = state.kick == SHOT
     velocity = jnp.where(is_shot, shot, passed)
@@ -554,8 +554,8 @@ def aim_pass(state: FootballState, px, py, gap, left_first) -> jax.Array:
     mate, _ = nearest_player(rating, mates, left_first)
     flight = jnp.minimum(0.4 + 0.03 * gap, 1.5)
     alone = ~mate.any((0, 1))
-    tx = jnp.where(alone, sx * power, value_of(mate, dx + flight * state.vx))
-    ty = jnp.where(alone, sy * power, value_of(mate, dy + flight * state.vy))
+    tx = jnp.where(alone, sx * power, read(mate, dx + flight * state.vx))
+    ty = jnp.where(alone, sy * power, read(mate, dy + flight * state.vy))
     grow = jnp.where(long, 1.2, 1.0)
     tx, ty = (
         (jnp.clip(px + grow * tx, -HALF_LENGTH + 1, HALF_LENGTH - 1) - px),
@@ -675,16 +675,14 @@ def touch(state: FootballState, u, live, left_first):
     able = state.active & (state.stun == 0) & (state.lock == 0) & (gap2 < reach * reach) & (state.ball[2] < height)
     who, _ = nearest_player(gap2, able & live, left_first)
     any_one = who.any((0, 1))
-    rel = length(state.ball[3] - value_of(who, state.vx), state.ball[4] - value_of(who, state.vy))
+    rel = length(state.ball[3] - read(who, state.vx), state.ball[4] - read(who, state.vy))
     keeper, mate = (who & hands).any((0, 1)), (who.any(1) & state.last.any(1)).any(0)
     chance = jnp.where(keeper, 0.92 - 0.028 * rel, jnp.where(mate, 1.4 - 0.03 * rel, 0.85 - 0.025 * rel))
     chance = jnp.clip(chance, 0.1, 1.0)
     off_him = chance + (1.0 - chance) * jnp.where(keeper, 0.16, 0.6)
     gets, bounces = any_one & (u[0] < chance), any_one & (u[0] >= chance) & (u[0] < off_him)
     offence = (gets | bounces) & (who & state.offside).any((0, 1))
-    call = Call(
-        jnp.where(offence, FREE_KICK, NORMAL), jnp.where(who[0].any(0), 1, 0), value_of(who, state.x), value_of(who, state.y)
-    )
+    call = Call(jnp.where(offence, FREE_KICK, NORMAL), jnp.where(who[0].any(0), 1, 0), read(who, state.x), read(who, state.y))
     turn = 2.4 * (u[1] - 0.5) + np.pi * (u[2] < 0.5)
     slow, cos, sin = 0.2 + 0.3 * u[3], jnp.cos(turn), jnp.sin(turn)
     vx, vy = state.ball[3], state.ball[4]
