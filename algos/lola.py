@@ -10,7 +10,7 @@ Run:     python algos/lola.py                              (the prisoner's dilem
 
 Paper:   --preset paper (the numbers of github.com/alexis-jacq/LOLA_DiCE, as the paper's own could not be read)
 
-Expect:  not measured yet; results/shaper.py holds the claims to be
+Expect:  mean reward a step of both players, 8 seeds: -1.27 ± 0.07, of naive ones -1.87 ± 0.12. See results/shaper/
 
 Differs from 1802.05098 and that code (their own value in brackets):
  1. A player's own step is Adam's, as in that code (1802.05098: plain gradient ascent).

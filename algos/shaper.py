@@ -12,7 +12,9 @@ Run:     python algos/shaper.py                            (the prisoner's dilem
 
 Paper:   --preset paper, paper_coin_game or paper_in_the_matrix
 
-Expect:  not measured yet; results/shaper.py holds the claims to be
+Expect:  the prisoner's dilemma, 8 seeds, reward a step over a trial: Shaper -0.64 ± 0.06 (its learner -2.17), M-FOS -0.96 ± 0.14
+         (-1.91), Good Shepherd -1.14 ± 0.10 (-1.35), reset -1.04 ± 0.18 (-1.93), where mutual cooperation gives -1, defection -2;
+         2.4 minutes for 4 seeds on two cores. See results/shaper/
 
 Differs from the authors' Pax (its own value in brackets; the `cpu` preset also changes the numbers in CPU below):
  1. The evolution's mean is evaluated (the best of the current generation, chosen by its noisy fitness).
