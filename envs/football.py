@@ -21,7 +21,9 @@ over one match works too.
 
 Differs from the engine: the clock runs on while the ball is out of play, and who takes a restart stands there at once; a player's
 ball moves with him, it is not kicked ahead touch by touch; the ball has no spin; players differ only by `skill`, a team's
-multiplier; no substitutions, no advantage, no animations. Speeds, accelerations and latencies are those measured in the engine.
+multiplier; no substitutions, no advantage, no animations; offside is judged when the ball is kicked; posts bounce plainly, without
+nets; a shot's chance falls smoothly with distance (the engine's is largest at 14 m). Speeds, accelerations and latencies are those
+measured in the engine; rates of fouls, deflections, saves and shots' errors were set so that matches have the engine's statistics.
 """
 
 from typing import NamedTuple

@@ -205,6 +205,17 @@ def test_shots():
     assert sprinting < goals(22.0, 0.0, False, vx=3.5, stick_x=1.0, dribble=True) - 0.02
 
 
+def test_shot_speed():
+    """27-31 m/s, three to six steps after it is ordered."""
+    state = scene({(0, 1): (27.0, 0.0)}, (27.5, 0.0, 0.11, 0, 0, 0), (0, 1))
+    ball = play(state, {(0, 0, 1): SHOT})[0].ball
+    speed = np.sqrt((ball[:, 3:6] ** 2).sum(1))  # (T, lanes)
+    left = np.argmax(speed > 15, axis=0)
+    fastest = np.take_along_axis(speed, left[None], axis=0)[0]
+    assert (fastest > 15).all() and 27 <= fastest.mean() <= 31 and fastest.min() >= 26 and fastest.max() <= 32
+    assert left.min() + 1 >= 3 and left.max() + 1 <= 6
+
+
 # --- the laws
 
 
