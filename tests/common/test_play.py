@@ -8,11 +8,11 @@ import threading
 
 import numpy as np
 import pytest
+from browser import MISSING, Browser
 from PIL import Image
 
 from common.config import UsageError
 from common.play import MAX_UPLOAD, Film, Model, Session, Truth, open_server, read_picture
-from tests.browser import MISSING, Browser
 
 pytestmark = pytest.mark.timeout(120)
 SHAPE, CODES = (8, 12), 4
