@@ -483,6 +483,7 @@ def evaluate(config: Config, state: State) -> dict:
         "elites": frames[::2],
         "archive": picture(config, state, frames),
         **archive._asdict(),
+        "fitness": archive.fitness[:, None],  # a column: figures/ draws what has one axis as a curve
         "centroids": state.centroids,
     }  # fmt: skip
 

@@ -56,6 +56,7 @@ def adapt(folder: Path) -> None:
     worlds = dict(zip(ALTERED, (PlanarParams(strength=lame), PlanarParams(strength=sound, gravity=1.75 * 9.81)), strict=True))
     returns = jax.jit(lambda teams, key, params: play(config, teams, key, params).fitness)
     teams, fitness = (np.load(folder / "arrays" / f"{name}.npy") for name in ("genotype", "fitness"))
+    fitness = fitness.reshape(teams.shape[:2])
 
     def pair(teams, fitness, params):
         trials = [returns(teams, jax.random.key(i), params) for i in range(CHOICE)]
