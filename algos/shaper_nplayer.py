@@ -10,7 +10,7 @@ Run:     python algos/shaper_nplayer.py                    (snowdrift, 3 players
 
 Paper:   --preset paper (one shaper), paper_several (two)
 
-Expect:  not measured yet; results/shaper_nplayer.py holds the claims to be
+Expect:  snowdrift with three players, 6 seeds, reward a step: the shaper 2.88, its two learners 1.92. See results/shaper_nplayer/
 
 Differs from the paper (its own value in brackets, from the authors' code; the `cpu` preset also changes the numbers in CPU below):
  1. The evolution's means are evaluated (the best member of a generation, chosen by its noisy fitness).
