@@ -25,6 +25,7 @@ Differs from the paper (its own way in brackets; the `cpu` preset also changes t
  7. t = 4 counts generated frames, after a prompt of `prompt_frames`; random codes are uniform; PSNR is averaged in dB over clips.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -411,33 +412,42 @@ def draw_tokens(key, logits, temperature) -> jax.Array:
     return (below < jax.random.uniform(key, (*logits.shape[:-1], 1)) * below[..., -1:]).sum(-1)
 
 
-def sample_frame(key, params, cache: Cache, action, config: Config, temperature=None, steps=None):
-    """Draws one frame after those in the cache, given the code (B, code_dim) that leads to it; None: the config's own numbers.
+def fill_in(key, logits_of: Callable, shape: tuple[int, int], config: Config, temperature=None, steps=None):
+    """MaskGIT (2202.04200): in every step all hidden tokens are drawn, and the surest are kept, a cosine's share.
 
-    -> tokens (B, N), the new cache, the probability that each token had when it was drawn (B, N).
-    MaskGIT (2202.04200): in every step all hidden tokens are drawn, and the surest are kept, a cosine's share.
+    logits_of: tokens (B, N), some MASK -> (B, N, K). None: the config's own numbers.
+
+    -> tokens (B, N), the probability that each had when it was drawn.
     """
     temperature = config.temperature if temperature is None else temperature
     steps = config.maskgit_steps if steps is None else steps
-    num = params["space"].shape[0]
-
-    def logits_of(tokens):
-        logits, new = predict_tokens(params, tokens[:, None], action[:, None], config, cache)
-        return logits[:, 0], new
 
     def step(s, carry):
         tokens, sure = carry
-        logits, _ = logits_of(tokens)
+        logits = logits_of(tokens)
         draw = draw_tokens(jax.random.fold_in(key, s), logits, temperature)
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
         hidden = tokens == config.num_codes
         rank = jnp.where(hidden, -log_p, -jnp.inf).argsort(-1).argsort(-1)
-        kept = hidden & (rank < jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / steps))))
+        kept = hidden & (rank < jnp.round(shape[1] * (1 - jnp.cos(jnp.pi / 2 * s / steps))))
         return jnp.where(kept, draw, tokens), jnp.where(kept, jnp.exp(log_p), sure)
 
-    start = (jnp.full((action.shape[0], num), config.num_codes), jnp.zeros((action.shape[0], num)))
-    tokens, sure = jax.lax.fori_loop(1, steps + 1, step, start)
-    return tokens, logits_of(tokens)[1], sure
+    return jax.lax.fori_loop(1, steps + 1, step, (jnp.full(shape, config.num_codes), jnp.zeros(shape)))
+
+
+def sample_frame(key, params, cache: Cache, action, config: Config, temperature=None, steps=None):
+    """Draws one frame after those in the cache, given the code (B, code_dim) that leads to it.
+
+    -> tokens (B, N), the new cache, the probability that each token had when it was drawn (B, N).
+    """
+
+    def predict(tokens):
+        logits, new = predict_tokens(params, tokens[:, None], action[:, None], config, cache)
+        return logits[:, 0], new
+
+    shape = action.shape[0], params["space"].shape[0]
+    tokens, sure = fill_in(key, lambda tokens: predict(tokens)[0], shape, config, temperature, steps)
+    return tokens, predict(tokens)[1], sure
 
 
 def read_prompt(params, tokens, codes, config: Config) -> Cache:

@@ -31,8 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.env import Environment
-from envs.planar import COLOURS, PIXELS, WINDOW, PlanarParams, joint_distances
+from envs.planar import COLOURS, PIXELS, WINDOW, Legged, PlanarParams
 
 ITERATIONS, LINE_SEARCHES = 6, 6
 SLANT = (0.35, 0.2)  # of a picture: how far right and up a metre away from the viewer is drawn
@@ -112,7 +111,7 @@ class LocomotionState(NamedTuple):
     time: jax.Array  # int32
 
 
-class Locomotion(Environment):
+class Locomotion(Legged):
     """A robot shared out among agents, or, with `single`, one agent that has every joint and sees all."""
 
     def __init__(self, robot: str = "halfcheetah_6x1", obs_distance: int = 1, single: bool = False):
@@ -121,47 +120,16 @@ class Locomotion(Environment):
         host = self.model.host
         hinge = host.jnt_bodyid[host.jnt_type == 3]  # the root of a planar robot has a hinge too, its pitch
         self.free = host.jnt_type[0] == 0
-        self.num_joints = len(hinge) - (not self.free)
-        self.bodies = hinge[-self.num_joints :]  # that each joint turns
-        agents = (tuple(range(self.num_joints)),) if single else self.robot.agents
-        self.num_agents, self.num_feet = len(agents), len(self.robot.feet)
-        self.num_actions = max(map(len, agents))
-        self.agents = agents
-        self.own_joints = np.array([[*own, *own[-1:] * (self.num_actions - len(own))] for own in agents])
-        self.root_place = slice(2, 7) if self.free else slice(1, 3)
-        self.num_root = (5 if self.free else 2) + host.nv - self.num_joints
-        self.num_features = self.num_root + 2 * self.num_joints
-        self.features = self._visible(obs_distance)
-        self.obs_size = max(map(len, self.features))
-        self.feet = [[host.geom(name).id for name in names] for names in self.robot.feet]
-
-    @property
-    def default_params(self) -> PlanarParams:
-        return PlanarParams()
-
-    def _visible(self, distance: int) -> list[list[int]]:
-        """Which of the features of the whole each agent sees, its own joints first."""
-        host = self.model.host
-        hinges = np.zeros((self.num_joints, host.nbody))
+        num_joints = len(hinge) - (not self.free)
+        self.bodies = hinge[-num_joints:]  # that each joint turns
+        hinges = np.zeros((num_joints, host.nbody))
         for j, body in enumerate(self.bodies):  # bodies without a joint are one with their parents
             hinges[j, body], hinges[j, host.body_weldid[host.body_parentid[body]]] = 1, -1
-        between, joints, seen = joint_distances(hinges), np.arange(self.num_joints), []
-        for own in self.agents:
-            near = [j for j in joints if j not in own and (distance < 0 or between[j, list(own)].min() <= distance)]
-            order = [*own, *near]
-            angles = [self.num_root + j for j in order]
-            seen.append([*range(self.num_root), *angles, *(self.num_joints + i for i in angles)])
-        return seen
-
-    def action_space(self, params=None):
-        from gymnax.environments import spaces  # on use only: gymnax starts the backend when it is imported
-
-        return spaces.Box(-1.0, 1.0, (self.num_agents, self.num_actions))
-
-    def observation_space(self, params=None):
-        from gymnax.environments import spaces
-
-        return spaces.Box(-jnp.inf, jnp.inf, (self.num_agents, self.obs_size))
+        self.root_place = slice(2, 7) if self.free else slice(1, 3)
+        num_root = (5 if self.free else 2) + host.nv - num_joints
+        self.share_out([tuple(range(num_joints))] if single else self.robot.agents, hinges, num_root, obs_distance)
+        self.feet = [[host.geom(name).id for name in names] for names in self.robot.feet]
+        self.num_feet = len(self.feet)
 
     def reset_env(self, key, params: PlanarParams):
         """The model's own pose, up to noise in all positions and velocities -> obs, state."""
@@ -222,12 +190,6 @@ class Locomotion(Environment):
         host = self.model.host
         half = np.where(host.geom_type == 3, host.geom_size[:, 1], 0.0)[:, None] * data.geom_xmat[..., 2]
         return jnp.stack([data.geom_xpos - half, data.geom_xpos + half], axis=1)
-
-    def get_obs(self, state: LocomotionState, params=None, key=None) -> jax.Array:
-        """What each agent sees, (agents, O, ...)."""
-        features = self.all_features(state)
-        features = jnp.concatenate([features, jnp.zeros_like(features[:1])])
-        return features[np.array([seen + [self.num_features] * (self.obs_size - len(seen)) for seen in self.features])]
 
     def all_features(self, state: LocomotionState) -> jax.Array:
         """The whole robot, (num_features, ...): root, joint angles (J), joint speeds (J)."""

@@ -359,33 +359,29 @@ def substep(robot: Robot, tree: Tree, moving, command, gravity):
     return (pos + H * vel, angle + H * spin, vel, spin), jnp.stack(normal)
 
 
-class Planar(Environment):
-    """A robot shared out among agents, or, with `single`, one agent that has every joint and sees all."""
+class Legged(Environment):
+    """A robot whose joints are shared out among agents: what every such world has, whatever its physics.
 
-    def __init__(self, robot: str = "cheetah", obs_distance: int = 1, single: bool = False):
-        """`obs_distance`: how far an agent sees in the kinematic tree; -1: everything."""
-        self.robot_name, self.robot = robot, ROBOTS[robot]()
-        self.tree = make_tree(self.robot)
-        self.num_joints = len(self.robot.rods) - 1
-        self.joints_per_agent = self.num_joints if single else self.robot.joints_per_agent
-        self.num_agents, self.num_feet = self.num_joints // self.joints_per_agent, len(self.robot.feet)
-        self.own_joints = np.arange(self.num_joints).reshape(self.num_agents, -1)
-        self.num_actions, self.num_features = self.joints_per_agent, 5 + 2 * self.num_joints
-        self.features = self._visible(obs_distance)
+    A world says `share_out` when it is made, and has `all_features`: num_root features of the root, joint angles, joint spins.
+    """
+
+    def share_out(self, agents, hinges, num_root: int, obs_distance: int) -> None:
+        """agents: the joints of each; hinges (J, bodies): which bodies each joint joins; obs_distance: how far an agent sees in the
+        kinematic tree, -1: everything."""
+        self.agents, self.num_agents, self.num_joints = agents, len(agents), len(hinges)
+        self.num_actions, self.num_root = max(map(len, agents)), num_root
+        self.own_joints = np.array([[*own, *own[-1:] * (self.num_actions - len(own))] for own in agents])
+        self.num_features, self.features = num_root + 2 * self.num_joints, []  # features: which ones each agent sees
+        between = joint_distances(hinges)
+        for own in agents:  # its own joints come first
+            near = [j for j in range(self.num_joints) if obs_distance < 0 or between[j, list(own)].min() <= obs_distance]
+            angles = [num_root + j for j in (*own, *(j for j in near if j not in own))]
+            self.features.append([*range(num_root), *angles, *(self.num_joints + i for i in angles)])
         self.obs_size = max(map(len, self.features))
 
     @property
     def default_params(self) -> PlanarParams:
         return PlanarParams()
-
-    def _visible(self, distance: int) -> list[list[int]]:
-        """Which of the features of the whole each agent sees, its own joints first."""
-        between, joints, seen = joint_distances(self.tree.hinges), np.arange(self.num_joints), []
-        for own in self.own_joints:
-            near = [j for j in joints if j not in own and (distance < 0 or between[j, own].min() <= distance)]
-            order = [*own, *near]
-            seen.append([*range(5), *(5 + j for j in order), *(5 + self.num_joints + j for j in order)])
-        return seen
 
     def action_space(self, params=None):
         from gymnax.environments import spaces  # on use only: gymnax starts the backend when it is imported
@@ -396,6 +392,25 @@ class Planar(Environment):
         from gymnax.environments import spaces
 
         return spaces.Box(-jnp.inf, jnp.inf, (self.num_agents, self.obs_size))
+
+    def get_obs(self, state, params=None, key=None) -> jax.Array:
+        """What each agent sees, (agents, O, ...)."""
+        features = self.all_features(state)
+        features = jnp.concatenate([features, jnp.zeros_like(features[:1])])
+        return features[np.array([seen + [self.num_features] * (self.obs_size - len(seen)) for seen in self.features])]
+
+
+class Planar(Legged):
+    """A robot shared out among agents, or, with `single`, one agent that has every joint and sees all."""
+
+    def __init__(self, robot: str = "cheetah", obs_distance: int = 1, single: bool = False):
+        """`obs_distance`: how far an agent sees in the kinematic tree; -1: everything."""
+        self.robot_name, self.robot = robot, ROBOTS[robot]()
+        self.tree = make_tree(self.robot)
+        num_joints, self.num_feet = len(self.robot.rods) - 1, len(self.robot.feet)
+        each = num_joints if single else self.robot.joints_per_agent
+        agents = [tuple(range(first, first + each)) for first in range(0, num_joints, each)]
+        self.share_out(agents, self.tree.hinges, 5, obs_distance)
 
     def reset_env(self, key, params: PlanarParams):
         """The robot stands on the ground, up to noise -> obs, state."""
@@ -417,14 +432,6 @@ class Planar(Environment):
         feet = [[i for i, (rod, _) in enumerate(robot.touching) if rod == foot] for foot in robot.feet]
         contact = jnp.stack([_sum([pushed[i] for i in points]) > 0 for points in feet])
         return self.get_obs(state, params), state, reward, terminated, {"contact": contact}
-
-    def get_obs(self, state: PlanarState, params=None, key=None) -> jax.Array:
-        """What each agent sees, (agents, O, ...)."""
-        features = self.all_features(state)
-        blank = jnp.zeros_like(features[:1])
-        features = jnp.concatenate([features, blank])
-        index = np.array([seen + [self.num_features] * (self.obs_size - len(seen)) for seen in self.features])
-        return features[index]
 
     def all_features(self, state: PlanarState) -> jax.Array:
         """The whole robot, (num_features, ...): torso (5), joint angles (J), joint spins (J)."""

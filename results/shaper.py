@@ -159,7 +159,7 @@ def how(runs) -> list[str]:
         f"{config['num_episodes']} episodes of {config['num_steps']} steps, tabular PPO learners; the evolution's mean against "
         f"{config['eval_learners']} fresh learners in a whole trial. {made_by(runs)}.",
         "Reward a step, mean ± standard error over seeds. Half blind: in one of its two environments the policy sees nothing. "
-        "Stopped: the learner learns in the first two episodes only.",
+        "Stopped: the learner learns in the first two episodes only. Train times include waits for other work on the machine.",
     ]
 
 

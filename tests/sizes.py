@@ -5,7 +5,5 @@ SIZES |= dict(pretrain_updates=2, finetune_updates=1, batch_size=8, width=8, lay
 SIZES |= dict(priors=(0.999,), finetune_lrs=(1e-3,), eval_size=8, eval_stories=2, probe_size=16, probe_updates=2)
 OWN = {"genie": dict(data="dots")}  # a setting that another method has in another sense
 SIZES |= dict(size=16, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, heads=2, ffn=2)
-SIZES |= dict(
-    eval_stories=2, tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2
-)
+SIZES |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2)
 SIZES |= dict(encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1, eval_clips=4, warmup=1, tokenizer_warmup=1)

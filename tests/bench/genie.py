@@ -112,19 +112,10 @@ def sample_ours(mode: str, size: str) -> dict:
 
     def whole_frame(key, params, tokens, actions):
         """What sample_frame draws, with logits of the whole window."""
-
-        def step(s, new):
-            seen = jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1)
-            logits = genie.predict_tokens(params["dynamics"], seen, actions, config)[0][:, -1]
-            draw = genie.draw_tokens(jax.random.fold_in(key, s), logits, 1.0)
-            log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
-            hidden = new == config.num_codes
-            rank = jnp.where(hidden, -log_p, -jnp.inf).argsort(-1).argsort(-1)
-            keep = jnp.round(num * (1 - jnp.cos(jnp.pi / 2 * s / config.maskgit_steps)))
-            return jnp.where(hidden & (rank < keep), draw, new)
-
-        new = jax.lax.fori_loop(1, config.maskgit_steps + 1, step, jnp.full((1, num), config.num_codes))
-        frames = genie.pixels(params, jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1), shape, config)
+        window_of = lambda new: jnp.concatenate([tokens[:, 1:], new[:, None]], axis=1)
+        logits_of = lambda new: genie.predict_tokens(params["dynamics"], window_of(new), actions, config)[0][:, -1]
+        new, _ = genie.fill_in(key, logits_of, (1, num), config, 1.0)
+        frames = genie.pixels(params, window_of(new), shape, config)
         return genie.to_uint8(frames[:, -1])
 
     def cached_frame(key, params, world):
