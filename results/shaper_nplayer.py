@@ -1,6 +1,4 @@
-"""N-player opponent shaping's claims (Leading the Pack, 2312.12564), measured again with three players. Run by reproduce.py.
-
-Not measured: that the advantage of one shaper falls with the number of players.
+"""N-player opponent shaping's claims (Leading the Pack, 2312.12564), measured again. Run by reproduce.py.
 
 `python results/shaper_nplayer.py FOLDER` plays the shapers of a run's seeds against one another (cross-play).
 """
@@ -17,7 +15,9 @@ sys.path[:0] = [str(ROOT)]
 FLAGS = "--preset cpu --eval-every 60 --save-every 60"
 RUNS = {  # name -> flags
     "snowdrift, 3 players": "--env snowdrift --num-updates 60",
+    "snowdrift, 5 players": "--env snowdrift --num-updates 60 --num-players 5 --num-episodes 50",
     "public goods, 3 players": "--env public_goods --num-updates 120",
+    "public goods, 5 players": "--env public_goods --num-updates 60 --num-players 5 --num-episodes 50",
     "stag hunt, 3 players": "--env stag_hunt --num-updates 60",
     "tragedy, 3 players": "--env tragedy --num-updates 60",
     "public goods, 2 shapers": "--env public_goods --num-updates 120 --num-shapers 2",
@@ -72,7 +72,7 @@ def claims(sets: list[dict[str, Path]]) -> list[dict]:
     runs = pooled(sets)
     of = {name: partial(last, folders) for name, folders in runs.items()}
     gap = lambda name: of[name]("eval_shapers") - of[name]("eval_learners")
-    return [*exploits(of, gap), *welfare(of), *several(of, runs)]
+    return [*exploits(of, gap), *welfare(of), *falls(gap), *several(of, runs)]
 
 
 def exploits(of, gap) -> list[dict]:
@@ -99,6 +99,16 @@ def welfare(of) -> list[dict]:
         run = of[f"{name}, 3 players"]
         words = f"{name}: welfare is higher than among learners alone"
         made.append(above(f"{name.replace(' ', '-')}-alone", words, ABSTRACT, run("eval_welfare_last"), run("alone_welfare_last")))
+    return made
+
+
+def falls(gap) -> list[dict]:
+    """With more players shaping is worth less."""
+    made = []
+    for name in ("snowdrift", "public goods"):
+        words = f"{name}: the shaper's advantage over the learners is larger with 3 players than with 5"
+        few, many = gap(f"{name}, 3 players"), gap(f"{name}, 5 players")
+        made.append(above(f"{name.replace(' ', '-')}-falls", words, ABSTRACT, few, many))
     return made
 
 
