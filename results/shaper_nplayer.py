@@ -149,7 +149,8 @@ def how(runs) -> list[str]:
         f"episodes of {config['num_steps']} steps; the evolutions' means with {config['eval_learners']} fresh groups in a whole "
         f"trial. {made_by(runs)}.",
         "Reward a step, mean ± standard error over seeds; welfare is the mean of all players, in the last tenth of a trial. Alone: "
-        "learners in all seats. Tit-for-tat sits in the shapers' seats. Train times include waits for other work on the machine.",
+        "learners in all seats. Tit-for-tat sits in the shapers' seats. Train times include waits for other work on the machine. "
+        "Five players train for less than three (second column): their advantages are not compared at equal budgets.",
     ]
 
 
