@@ -179,8 +179,12 @@ def plot(runs, path: Path, names_of, label: str) -> None:
     """Curves through a trial after training, a panel for each run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.4 * len(runs), 3.2), layout="constrained")
-    for axes, (name, folders) in zip(figure.subplots(1, len(runs)), runs.items(), strict=True):
+    rows = -(-len(runs) // 4)
+    figure = Figure(figsize=(13.6, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, 4, squeeze=False).flat
+    for axes in panels[len(runs) :]:
+        axes.set_axis_off()
+    for axes, (name, folders) in zip(panels, runs.items(), strict=False):
         for curve_name in names_of(summary(folders[0])["config"]):
             values = np.concatenate([np.load(folder / "arrays" / "episodes" / f"{curve_name}.npy") for folder in folders])
             draw_band(axes, np.arange(values.shape[1]), values, curve_name.removeprefix("shapers_"))
