@@ -318,10 +318,10 @@ def layer_norm(x, gain, shift) -> jax.Array:
 def attend(qkv, heads: int) -> tuple[jax.Array, jax.Array]:
     """qkv (B, S, 3 d) -> what the heads read (B, S, d), causal attention (B, heads, S, S)."""
     num, size, _ = qkv.shape
-    q, k, v = qkv.reshape(num, size, 3, heads, -1).transpose(2, 0, 3, 1, 4)
-    scores = q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1])
+    q, k, v = (x.reshape(num, size, heads, -1) for x in jnp.split(qkv, 3, -1))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
     attention = jax.nn.softmax(jnp.where(np.tri(size, dtype=bool), scores, -1e9))
-    return (attention @ v).transpose(0, 2, 1, 3).reshape(num, size, -1), attention
+    return jnp.einsum("bhqk,bkhd->bqhd", attention, v).reshape(num, size, -1), attention
 
 
 def transformer(params, tokens, config: Config, weights=None):
