@@ -11,7 +11,8 @@ Run:     python algos/tracr.py          (one setting: --sweep single --c-tr 1 --
 
 Paper:   --preset paper
 
-Expect:  not measured yet; what fine-tuning does to the program is in figures/ (finetuning, attention, pruning, revival)
+Expect:  Counter, C_Tr 1, 8 seeds: the old task falls from 1 to 0, one weight less gives .55 of it back, attention stays with a, and
+         reverse fine-tuning brings it back in all seeds. Max-identifier keeps no such trace. See results/tracr/ and figures/
 
 Every C_Tr, learning rate and seed is a lane of one program. Two more lanes start reverse fine-tuning from what never counted a:
 `other`, compiled for b (the paper's Scr. + FT), and `scratch`, random weights (Scr.). They are not trained before.
@@ -548,9 +549,14 @@ def plot_accuracy(figure, files: RunFiles, groups) -> None:
 
 
 def plot_pruning(figure, files: RunFiles, groups) -> None:
-    """Accuracy of both tasks against the number of weights removed from the fine-tuned model, strings without the link."""
+    """Accuracy of both tasks against the number of weights removed from the fine-tuned model, strings without the link.
+
+    A star is the old task without the one weight, of those of the highest scores, whose removal helps most on other strings.
+    """
+    updates, best = files.series("pruned_a")
+    best = best[:, np.searchsorted(updates, files.config.finetune_steps)]
     curve, rates = np.load(files.folder / "arrays" / "pruning_curve.npy"), rates_of(groups)
-    figure.set_size_inches(1 + 3.4 * len(rates), 3.9)
+    figure.set_size_inches(1 + 3.4 * len(rates), 4.1)
     figure.suptitle(LINK)
     axes = figure.subplots(1, len(rates), squeeze=False, sharey=True)[0]
     for number, ((_, c_tr, lr), places) in enumerate(groups.items()):
@@ -558,13 +564,15 @@ def plot_pruning(figure, files: RunFiles, groups) -> None:
         old, new = np.median(curve[places], 0).T
         axes[rates.index(lr)].plot(PRUNED, old, color=colour, label=f"old task, C_Tr {c_tr:g}")
         axes[rates.index(lr)].plot(PRUNED, new, color=colour, linestyle=":", label=f"new task, C_Tr {c_tr:g}")
+        words = f"old task, the best single weight, C_Tr {c_tr:g}"
+        axes[rates.index(lr)].plot(1, np.median(best[places]), "*", color=colour, markersize=11, label=words)
     for panel, lr in zip(axes, rates, strict=True):
         panel.set_title(f"fine-tuned at {lr:.2g}", fontsize=9)
         panel.set_xlabel("weights removed, highest score first")
         panel.set_ylim(-0.03, 1.03)
         panel.grid(alpha=0.25)
     axes[0].set_ylabel("accuracy, no link")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 
 
 def plot_attention(figure, files: RunFiles, groups) -> None:
