@@ -1,9 +1,9 @@
 """TiZero: eleven-a-side football by self-play (Lin et al., 2302.07515), the agents that MADRID (2401.13460) looks for faults in.
 
-Ten players share one network, and PPO takes the product of their probability ratios as one, the joint ratio, with the team's
-advantage. Training climbs a ladder of scenarios: few attackers before an empty goal, then a keeper, then 3v3, 5v5 and 11v11 against
-better and better bots; at its top the team plays itself and its earlier selves, the league, first mostly the newest ("challenge"),
-then those that are hardest to beat ("generalise"). The league is MADRID's set of references.
+Ten players share one network. PPO takes the product of their probability ratios as one, the joint ratio, with the team's advantage;
+the critic sees the whole pitch. Training climbs a ladder of scenarios: few attackers before an empty goal, then a keeper, then 3v3,
+5v5 and 11v11 against better and better bots. At its top the team plays itself and its earlier selves, the league: first mostly the
+newest ("challenge"), then those that are hardest to beat ("generalise"). The league is MADRID's set of references.
 
 Run:     python algos/tizero.py         (--ratio independent for PPO's ratio of each player)
 
@@ -11,10 +11,21 @@ Paper:   --preset paper
 
 Expect:  TODO
 
-The league is in league.npz (envs/football_team.py reads it).
+A run's league is in league.npz (`load_league` of envs/football_team.py reads it); matches.json tells how whole matches against the
+bots ended. The league that is shipped, envs/data/football_league.npz, is the league.npz of the command above.
 
-Differs from the paper (2302.07515, whose training code is not public; what is known of its settings):
- 1. TODO
+Differs from the paper (2302.07515; its training code is not public, so what is not in the paper is chosen here):
+ 1. The world is envs/football.py, not the Google Research Football engine, and the bots are envs/football_bots.py's.
+ 2. A player's network is a perceptron with two hidden layers over the team's view and his own, without memory (six encoders, an
+    LSTM of 256, and a head that predicts who he is); 64 units wide, with --preset paper 256.
+ 3. Training and league are on levels of 128 steps that end with a goal, as MADRID uses them (whole matches, 3000 steps).
+ 4. The ladder's rungs are this file's (ten levels; there as here a team climbs by winning, and what changes is the opponent's
+    strength and where players and ball are); it climbs with time too, and goes on playing lower rungs. Bots stay at its top.
+ 5. Illegal are actions that would do nothing (also others, such as shots from afar).
+ 6. The world's checkpoint reward is added. Players begin with a liking for idling, which keeps them running where they run.
+ 7. The learner plays on the left: the world turns the pitch for the right team. No random actions at the start of levels, which are
+    random themselves.
+ 8. One computer's rollout and learning in turn (distributed actors and learners for 45 days).
 """
 
 import json
@@ -29,34 +40,34 @@ import numpy as np
 import optax
 
 from common.checkpoint import load, newest_good, write_atomically
-from common.config import RunConfig, cli, require, require_multiple, require_range
+from common.config import RunConfig, as_dict, cli, require, require_multiple, require_range
 from common.devices import shard_batch
-from common.files import code_commit, new_or_newest
+from common.files import NOT_COMPARED, code_commit, new_or_newest
 from common.nn import orthogonal
 from common.ppo import gae
 from common.run import Train, run
 from envs.football import Football, FootballParams, checkpoints, send_off
 from envs.football_bots import BOTS, Bot, bot_actions
-from envs.football_state import FORMATION, LEVEL_SIZE, FootballState
+from envs.football_state import FORMATION, LEVEL_SIZE, NUM_ACTIONS, FootballState
 from envs.football_team import WHOLE_VIEW, Team, apply_team, init_team, sample_actions, save_league, views
 
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    """TiZero's settings; the defaults are the paper's as far as they are known."""
+    """TiZero's settings."""
 
     num_updates: int = 400
-    """Updates per seed: each plays num_matches levels, again and again, for `horizon` steps and learns from them."""
+    """Updates per seed: each plays num_matches levels, one after another for `horizon` steps, and learns from them."""
     num_matches: int = 256
     """Matches side by side."""
     horizon: int = 128
     """Steps of a level, 0.1 s each; a goal ends it before."""
     hidden: int = 64
-    """Width of the players' two hidden layers, and of the critic's."""
+    """Width of the two hidden layers of players and critic."""
 
     ratio: Literal["joint", "independent"] = "joint"
     """joint: the product of the team's ratios is clipped as one. independent: each player's."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Adam's learning rate at the start; it falls to a tenth."""
     gamma: float = 0.995
     """Discount."""
@@ -65,26 +76,28 @@ class Config(RunConfig):
     num_epochs: int = 2
     """PPO's passes over what was played."""
     num_minibatches: int = 8
-    """Parts of a pass, of whole time steps."""
+    """Parts of a pass, each some of the steps of all matches."""
     clip_eps: float = 0.2
     """PPO's clipping."""
     ent_coef: float = 0.003
-    """Weight of the team's entropy."""
+    """Weight of the entropy: of the team with the joint ratio, else of a player."""
     vf_coef: float = 0.5
     """Weight of the critic's loss."""
     max_grad_norm: float = 0.5
     """Gradients are clipped to this norm."""
+    idle_bias: float = 2.5
+    """By how much idling's logit is larger than the others' at the start."""
 
     checkpoint_coef: float = 0.3
-    """Reward for the world's checkpoints (0.1 each), the other team's subtracted, as are all below."""
+    """Rewards beside the goals' 1, those of the other team subtracted: for the world's checkpoints, ten of 0.1;"""
     pass_coef: float = 0.01
-    """Reward for a pass that arrives."""
+    """for a pass that arrives;"""
     hold_coef: float = 1e-4
-    """Reward for a step with the ball."""
+    """for a step with the ball;"""
     crowd_coef: float = 1e-3
-    """Reward lost in a step for each pair of team-mates within 3 m of each other, relative to 10."""
+    """lost for a step in which ten pairs of team-mates are within 3 m;"""
     out_coef: float = 1e-3
-    """Reward lost for a ball played out."""
+    """and for a restart given to the others."""
 
     ladder_share: float = 0.5
     """The part of training after which the ladder's top is reached at the latest."""
@@ -93,199 +106,213 @@ class Config(RunConfig):
     generalise_from: float = 0.75
     """The part of training after which opponents are drawn by how hard they are to beat."""
     newest_share: float = 0.8
-    """Share of the league's matches against the newest self, until then."""
+    """Share of the league's matches that are against the newest self, until then."""
     bot_share: float = 0.3
-    """Share of the ladder's top that bots play."""
+    """Share of the matches at the ladder's top that bots play."""
     num_groups: int = 16
-    """Groups of matches that share an opponent of the league."""
+    """Groups of matches; each has one opponent of the league."""
     league_size: int = 8
-    """Checkpoints kept, at equal distances in training."""
-    eval_matches: int = 128
-    """Levels played against each opponent at evaluations."""
+    """Checkpoints in the league, at equal distances in training."""
+
+    eval_matches: int = 64
+    """Levels played for each pairing at evaluations."""
+    film_steps: int = 300
+    """Length of the film of a match."""
+    final_matches: int = 200
+    """Whole matches against each of three bots after training; 0 for none."""
+    match_steps: int = 3000
+    """Steps of a whole match."""
 
     def __post_init__(self):
         super().__post_init__()
+        counts = "num_matches horizon hidden num_epochs num_minibatches num_groups league_size eval_matches match_steps"
+        for name in counts.split():
+            require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        require(self.final_matches >= 0, f"--final-matches {self.final_matches}: must not be negative")
+        require(self.film_steps >= 3, f"--film-steps {self.film_steps}: must be at least 3")
+        require(self.lr > 0, f"--lr {self.lr}: must be positive")
+        require_range(self, 0, 1, "gamma", "gae_lambda", "climb_at", "newest_share", "bot_share", "ladder_share", "generalise_from")
+        require(self.ladder_share > 0, "--ladder-share 0: must be positive")
+        require_multiple(self, "horizon", "num_minibatches")
+        require_multiple(self, "num_matches", "num_groups")
+        require_multiple(self, "num_updates", "league_size")
 
     @property
     def split_size(self) -> int:
         return self.num_groups
 
 
-PAPER = Config(preset="paper")
-CPU = replace(PAPER, preset="cpu", log_every=5, eval_every=50, save_every=50)
+PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
+PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
+CPU = Config(preset="cpu", num_updates=400, log_every=5, eval_every=100, save_every=100)
 
 
 class State(NamedTuple):
     """All of one seed's run."""
 
-    params: dict  # actor: Team; critic
+    params: dict  # actor: Team; critic: dict
     opt_state: Any
     league_params: Team  # (M, ...): checkpoints
-    born: jax.Array  # (M,) int32: after how many updates; 0: none yet
-    points: jax.Array  # (M,): the learner's share of points against each, a running mean; a level without a goal counts half
-    rung: jax.Array  # () int32: of the ladder
-    won: jax.Array  # (2,): running means on the rung: levels won, lost
+    born: jax.Array  # (M,) int32: after how many updates each was kept; 0: not yet
+    points: jax.Array  # (M,): the learner's share of the points against each, a running mean; a level without a goal counts half
+    rung: jax.Array  # () int32: how far up the ladder
+    rates: jax.Array  # (2,): the shares of the rung's levels that are won and lost, running means
     key: jax.Array
 
 
-# --- networks
+# --- the critic
 
 
 def init_critic(key, hidden: int) -> dict:
-    keys = jax.random.split(key, 3)
+    """A perceptron of two hidden layers; weights are (out, in)."""
     sizes = [(hidden, WHOLE_VIEW + 10), (hidden, hidden), (1, hidden)]
-    return {
-        f"w{i}": orthogonal(k, size, 2**0.5 if i < 2 else 1.0) for i, (k, size) in enumerate(zip(keys, sizes, strict=True))
-    } | {f"b{i}": jnp.zeros((size[0], 1)) for i, size in enumerate(sizes)}
+    keys, gains = jax.random.split(key, 3), (2**0.5, 2**0.5, 1.0)
+    weights = [orthogonal(k, size, gain) for k, size, gain in zip(keys, sizes, gains, strict=True)]
+    return {"w": weights, "b": [jnp.zeros((len(w), 1)) for w in weights]}
 
 
-def critic(params, whole, active) -> jax.Array:
-    """(128, B), (10, B) -> (B,)."""
+def critic(params: dict, whole, active) -> jax.Array:
+    """The team's value (B,) from its view (128, B) and who of it takes part (10, B)."""
     x = jnp.concatenate([whole, active.astype(jnp.float32)])
-    x = jnp.tanh(params["w0"] @ x + params["b0"])
-    x = jnp.tanh(params["w1"] @ x + params["b1"])
-    return (params["w2"] @ x + params["b2"])[0]
+    for w, b in zip(params["w"][:2], params["b"][:2], strict=True):
+        x = jnp.tanh(w @ x + b)
+    return (params["w"][2] @ x + params["b"][2])[0]
 
 
 # --- the ladder
 
 
 class Rung(NamedTuple):
+    """A kind of level, and when it is mastered."""
+
     attackers: int
     defenders: int
-    keeper: bool
-    ball: tuple[float, float]  # x from, to
+    keeper: bool  # of the defenders
+    ball_from: float  # the ball's x, in a level's units
+    ball_to: float
     bot: str
-    goals: float  # share of levels to win
+    goals: float  # the share of levels to win before the next rung; a hard bot wins about half as many again
 
 
-LADDER = [
-    Rung(3, 0, False, (0.5, 0.85), "easy", 0.6),
-    Rung(3, 0, True, (0.5, 0.85), "easy", 0.4),
-    Rung(3, 3, True, (0.3, 0.85), "easy", 0.25),
-    Rung(5, 5, True, (0.0, 0.85), "easy", 0.2),
-    Rung(5, 5, True, (0.0, 0.85), "medium", 0.15),
-    Rung(10, 10, True, (0.2, 0.9), "easy", 0.15),
-    Rung(10, 10, True, (0.0, 0.9), "medium", 0.1),
-    Rung(10, 10, True, (-0.9, 0.9), "medium", 0.1),
-    Rung(10, 10, True, (-0.9, 0.9), "hard", 0.05),
-    Rung(10, 10, True, (-0.9, 0.9), "hard", 2.0),
-]
+LADDER = (
+    Rung(3, 0, False, 0.5, 0.85, "easy", 0.5),
+    Rung(3, 0, True, 0.5, 0.85, "easy", 0.2),
+    Rung(3, 3, True, 0.3, 0.85, "easy", 0.15),
+    Rung(5, 5, True, 0.0, 0.85, "easy", 0.12),
+    Rung(5, 5, True, 0.0, 0.85, "medium", 0.1),
+    Rung(10, 10, True, 0.2, 0.9, "easy", 0.12),
+    Rung(10, 10, True, 0.0, 0.9, "medium", 0.05),
+    Rung(10, 10, True, -0.9, 0.9, "medium", 0.05),
+    Rung(10, 10, True, -0.9, 0.9, "hard", 0.05),
+    Rung(10, 10, True, -0.9, 0.9, "hard", 1.0),  # the top: the league, and all bots but the easy one
+)
 TOP = len(LADDER) - 1
-NAMES = list(BOTS)
-TABLE = np.array([(r.attackers, r.defenders, r.keeper, *r.ball, NAMES.index(r.bot), r.goals) for r in LADDER], np.float32)
-BOT_TABLE = np.array([list(BOTS[name]) for name in NAMES], np.float32)
+NAMES = ("easy", "medium", "hard", "dribbler", "passer")
+NUMBERS = np.float32([rung._replace(bot=NAMES.index(rung.bot)) for rung in LADDER])
+BOT_NUMBERS = np.float32([BOTS[name] for name in NAMES])
 
 
 def begin(key, env: Football, rung) -> FootballState:
-    """A level of each match's rung (B,)."""
-    num = rung.shape[0]
-    keys = jax.random.split(key, 5)
-    row = jnp.asarray(TABLE)[rung].T
-    u = jax.random.uniform(keys[0], (4, num))
-    ball_x, ball_y = row[3] + (row[4] - row[3]) * u[0], 0.8 * u[1] - 0.4
-    anywhere = env.sample_level(keys[1], (num,)).reshape(21, 2, num)
+    """A level of each match's rung (B,). Small teams stand about the ball; of the large ones' levels three in ten are in
+    formation, the others anywhere, as MADRID's are."""
+    num, row = rung.shape[0], jnp.asarray(NUMBERS)[rung].T
+    key_ball, key_noise, key_level = jax.random.split(key, 3)
+    u, noise = jax.random.uniform(key_ball, (3, num)), jax.random.uniform(key_noise, (2, 10, 2, num), minval=-1.0)
     small = row[0] < 10
-    ball_y = jnp.where(small, 0.6 * ball_y, ball_y)
-    noise = jax.random.uniform(keys[2], (2, 10, 2, num), minval=-1.0)
-    near_x = jnp.stack([ball_x - 0.05 + 0.2 * noise[0, :, 0], ball_x + 0.15 + 0.2 * noise[1, :, 0]])
-    near_y = ball_y + 0.2 * noise[:, :, 1]
-    home = FORMATION[1:, :, None]
-    shift = 0.15 + 0.5 * ball_x
-    home_x = jnp.stack([home[:, 0] + shift, -home[:, 0] + shift - 0.3]) + 0.05 * noise[:, :, 0]
-    home_y = jnp.stack([home[:, 1], -home[:, 1]]) + 0.05 * noise[:, :, 1] + 0.2 * ball_y
-    ordered = u[2] < 0.3
-    pick = lambda near, home, i: jnp.where(small, near, jnp.where(ordered, home, anywhere[:20, i].reshape(2, 10, num)))
-    x, y = pick(near_x, home_x, 0), pick(near_y, home_y, 1)
-    spots = jnp.stack([x, y], axis=2).reshape(20, 2, num)
-    spots = jnp.clip(spots, -jnp.array([0.95, 0.4])[:, None], jnp.array([0.95, 0.4])[:, None])
-    level = jnp.concatenate([spots, jnp.stack([ball_x, ball_y])[None]])
-    state = env.reset_to_level(level.reshape(LEVEL_SIZE, num))
-    number = np.arange(11)[:, None]
-    out = jnp.stack([number > row[0], jnp.where(number == 0, row[2] == 0, number > row[1])])
-    return send_off(state, out)
+    ball = jnp.stack([row[3] + (row[4] - row[3]) * u[0], (0.8 * u[1] - 0.4) * jnp.where(small, 0.6, 1.0)])
+    near = ball + np.float32([[[[-0.05], [0]]], [[[0.15], [0]]]]) + 0.2 * noise
+    home = FORMATION[1:, :, None] * np.float32([1, -1])[:, None, None, None]
+    home = home + np.float32([0.15, -0.15])[:, None, None, None] * np.float32([[1], [0]]) + ball * np.float32([[0.5], [0.2]])
+    anywhere = env.sample_level(key_level, (num,))[:40].reshape(2, 10, 2, num)
+    spots = jnp.where(small, near, jnp.where(u[2] < 0.3, home + 0.05 * noise, anywhere))
+    spots = jnp.clip(spots, -np.float32([[0.95], [0.4]]), np.float32([[0.95], [0.4]]))
+    state = env.reset_to_level(jnp.concatenate([spots.reshape(40, num), ball]).reshape(LEVEL_SIZE, num))
+    place = np.arange(11)[:, None]
+    return send_off(state, jnp.stack([place > row[0], jnp.where(place == 0, row[2] == 0, place > row[1])]))
 
 
-# --- playing
+# --- playing: B matches side by side, the learner on the left
 
 
 class Rivals(NamedTuple):
-    """Who plays right in each of B matches."""
+    """Who plays on the right."""
 
-    team: Team  # (G, ...): each for B / G matches
-    bot: Bot  # (B,)
-    is_team: jax.Array  # (B,) bool
+    teams: Team  # (G, ...): each for B / G matches
+    bots: Bot  # (B,)
+    is_team: jax.Array  # (B,) bool: a team, not a bot
+
+
+def by_groups(teams: Team, whole, own) -> jax.Array:
+    """G teams, each for B / G matches: views (128, B), (34, 10, B) -> logits (19, 10, B)."""
+    split = lambda x: x.reshape(*x.shape[:-1], teams.whole.shape[0], -1)
+    logits = jax.vmap(apply_team, (0, 1, 2), 2)(teams, split(whole), split(own))
+    return logits.reshape(*logits.shape[:2], -1)
 
 
 def rivals_act(key, rivals: Rivals, state: FootballState, left) -> jax.Array:
-    """(10, B)."""
+    """Actions (10, B); `left`: the share of the level that is left."""
     key_team, key_bot = jax.random.split(key)
-    whole, own = views(state, left, 1)
-    groups = rivals.team.whole.shape[0]
-    split = lambda x: x.reshape(*x.shape[:-1], groups, -1)
-    logits = jax.vmap(apply_team, (0, 1, 2), 2)(rivals.team, split(whole), split(own))
-    by_team, _ = sample_actions(key_team, logits.reshape(*logits.shape[:2], -1))
-    both = Bot(*(jnp.stack([x, x]) for x in rivals.bot))
+    by_team, _ = sample_actions(key_team, by_groups(rivals.teams, *views(state, left, 1)))
+    both = Bot(*(jnp.stack([x, x]) for x in rivals.bots))
     return jnp.where(rivals.is_team, by_team, bot_actions(key_bot, state, both)[10:])
 
 
-def skills(rivals: Rivals) -> jax.Array:
-    right = jnp.where(rivals.is_team, 1.0, rivals.bot.skill)
-    return jnp.stack([jnp.ones_like(right), right])
-
-
-class Step(NamedTuple):
-    """What the learner's team saw, did and got: (T, ..., B)."""
-
-    whole: jax.Array
-    own: jax.Array
-    active: jax.Array
-    action: jax.Array
-    log_prob: jax.Array
-    value: jax.Array
-    reward: jax.Array
-    done: jax.Array
+def world_params(rivals: Rivals, num_steps: int) -> FootballParams:
+    """Bots play with their own skill."""
+    right = jnp.where(rivals.is_team, 1.0, rivals.bots.skill)
+    return FootballParams(jnp.stack([jnp.ones_like(right), right]), num_steps)
 
 
 def crowding(state: FootballState) -> jax.Array:
-    """Pairs of a team's players within 3 m (2, B), by 10."""
+    """Tens of pairs of a team's players within 3 m of each other (2, B)."""
     x, y, on = state.x[:, 1:], state.y[:, 1:], state.active[:, 1:]
     near = (x[:, :, None] - x[:, None]) ** 2 + (y[:, :, None] - y[:, None]) ** 2 < 9.0
     return ((near & on[:, :, None] & on[:, None]).sum((1, 2)) - on.sum(1)) / 20.0
 
 
-def rewards(config: Config, state: FootballState, info, extra) -> jax.Array:
-    """The left team's (B,)."""
-    goal, passed, owned = (info[name].astype(jnp.float32) for name in ("goal", "completed", "owned"))
-    out = info["restart"].astype(jnp.float32)[::-1] - goal
-    each = goal + config.checkpoint_coef * extra + config.pass_coef * passed + config.hold_coef * owned
-    each = each - config.crowd_coef * crowding(state) - config.out_coef * out
+def rewards(config: Config, state: FootballState, info: dict, rings) -> jax.Array:
+    """The left team's (B,), zero-sum; `rings` (2, B): the world's checkpoint reward."""
+    goal, completed, owned, restart = (info[name].astype(jnp.float32) for name in ("goal", "completed", "owned", "restart"))
+    each = goal + config.checkpoint_coef * rings + config.pass_coef * completed + config.hold_coef * owned
+    each = each - config.crowd_coef * crowding(state) + config.out_coef * restart
     return each[0] - each[1]
 
 
-def rollout(key, config: Config, env: Football, params, rivals: Rivals, start: FootballState):
-    """-> Step, the last values, and sums over finished levels per match: levels, won, lost (3, B)."""
-    env_params = FootballParams(skills(rivals), config.horizon)
+class Step(NamedTuple):
+    """What the learner's team saw, did and got, (T, ..., B)."""
+
+    whole: jax.Array  # (128,)
+    own: jax.Array  # (34, 10)
+    active: jax.Array  # (10,) bool
+    action: jax.Array  # (10,) int8
+    log_prob: jax.Array  # (10,)
+    value: jax.Array
+    reward: jax.Array
+    done: jax.Array  # bool
+
+
+def rollout(key, config: Config, env: Football, params: dict, rivals: Rivals, start: FootballState):
+    """`horizon` steps; a level that ends begins again -> Step, the value of what comes next (B,), and how many levels of each
+    match ended, were won, were lost (3, B)."""
+    world = world_params(rivals, config.horizon)
 
     def step(carry, key):
         state, count = carry
         key_act, key_rival, key_env = jax.random.split(key, 3)
         left = 1.0 - state.time / config.horizon
         whole, own = views(state, left)
-        action, log_prob = sample_actions(key_act, apply_team(params["actor"], whole, own))
         active = state.active[0, 1:]
-        value = critic(params["critic"], whole, active)
+        action, log_prob = sample_actions(key_act, apply_team(params["actor"], whole, own))
         actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state, left)])
-        _, state, _, terminated, info = env.step_env(key_env, state, actions, env_params)
+        _, state, _, terminated, info = env.step_env(key_env, state, actions, world)
         extra, rings = checkpoints(state, info["goal"].astype(jnp.float32))
-        state = state._replace(rings=rings)
-        reward = rewards(config, state, info, extra)
         done = terminated | (state.time >= config.horizon)
+        reward, value = rewards(config, state, info, extra), critic(params["critic"], whole, active)
+        state = jax.tree.map(lambda first, now: jnp.where(done, first, now), start, state._replace(rings=rings))
         count = count + jnp.stack([done, info["goal"][0], info["goal"][1]])
-        state = jax.tree.map(lambda old, new: jnp.where(done, old, new), start, state)
         return (state, count), Step(whole, own, active, action.astype(jnp.int8), log_prob, value, reward, done)
 
-    count = jnp.zeros((3, start.time.shape[0]), jnp.int32)
+    count = jnp.zeros((3, *start.time.shape), jnp.int32)
     (state, count), steps = jax.lax.scan(step, (start, count), jax.random.split(key, config.horizon))
     last = critic(params["critic"], views(state, 1.0 - state.time / config.horizon)[0], state.active[0, 1:])
     return steps, last, count
@@ -294,185 +321,304 @@ def rollout(key, config: Config, env: Football, params, rivals: Rivals, start: F
 # --- learning
 
 
-def policy_loss(log_ratio, adv, active, clip_eps: float, joint: bool):
-    """Clipped surrogate; log_ratio, active (10, ...), adv (...)."""
-    on = active.astype(jnp.float32)
+def surrogate(log_ratio, adv, active, clip_eps: float, joint: bool):
+    """PPO's clipped loss of a team, and the share of ratios that are clipped. log_ratio, active (10, ...), adv (...).
+
+    Joint (the paper's JRPO): the team's ratio is the product of its players'. Those who take no part do not count.
+    """
+    weight = active.astype(jnp.float32)
     if joint:
-        log_ratio, weight = (log_ratio * on).sum(0), jnp.ones_like(adv)
+        log_ratio, weight = (log_ratio * weight).sum(0, keepdims=True), 1.0
     else:
-        weight = on / on.sum(0)
+        weight = weight / weight.sum(0)
     ratio = jnp.exp(log_ratio)
-    clipped = jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps)
-    loss = -(weight * jnp.minimum(ratio * adv, clipped * adv)).sum() / adv.size
-    return loss, (weight * (jnp.abs(ratio - 1) > clip_eps)).sum() / adv.size
+    least = jnp.minimum(ratio * adv, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * adv)
+    outside = jnp.abs(ratio - 1) > clip_eps
+    return -(weight * least).sum(0).mean(), (weight * outside).sum(0).mean()
 
 
-def loss_fn(params, config: Config, step: Step, adv, target):
-    """One time step of B matches."""
-    logits = apply_team(params["actor"], step.whole, step.own)
-    log_probs = jax.nn.log_softmax(logits, axis=0)
-    kind = np.arange(19)[:, None, None]
-    log_prob = jnp.where(kind == step.action, log_probs, 0.0).sum(0)
-    surrogate, clipped = policy_loss(log_prob - step.log_prob, adv, step.active, config.clip_eps, config.ratio == "joint")
-    value = critic(params["critic"], step.whole, step.active)
-    value_loss = 0.5 * ((value - target) ** 2).mean()
-    on = step.active.astype(jnp.float32)
+def loss_fn(params: dict, config: Config, step: Step, adv, target):
+    """The loss of one step of B matches, and diagnostics."""
+    joint, on = config.ratio == "joint", step.active.astype(jnp.float32)
+    log_probs = jax.nn.log_softmax(apply_team(params["actor"], step.whole, step.own), axis=0)
+    log_prob = jnp.where(np.arange(NUM_ACTIONS)[:, None, None] == step.action, log_probs, 0.0).sum(0)
+    policy_loss, clipped = surrogate(log_prob - step.log_prob, adv, step.active, config.clip_eps, joint)
+    value_loss = 0.5 * ((critic(params["critic"], step.whole, step.active) - target) ** 2).mean()
     each = -(jnp.exp(log_probs) * log_probs).sum(0) * on
     entropy = each.sum() / on.sum()
-    bonus = each.sum(0).mean() if config.ratio == "joint" else entropy
-    loss = surrogate + config.vf_coef * value_loss - config.ent_coef * bonus
-    return loss, {"loss": loss, "value_loss": value_loss, "entropy": entropy, "clip_fraction": clipped}
+    bonus = each.sum(0).mean() if joint else entropy
+    loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * bonus
+    return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "clip_fraction": clipped}
 
 
-def learn(key, config: Config, tx, params, opt_state, steps: Step, adv, target):
+def learn(key, config: Config, tx, params: dict, opt_state, steps: Step, last):
+    """PPO's passes over a rollout -> params, opt_state, mean diagnostics. A minibatch is some of the time steps; the gradients of
+    its steps are taken one after another, so that what a step needs stays in the processor's cache."""
+    adv, target = gae(steps.reward, steps.value, steps.done, last, config.gamma, config.gae_lambda)
     adv = (adv - adv.mean()) / (adv.std() + 1e-5)
-    rows = config.horizon // config.num_minibatches
 
     def minibatch(carry, index):
         params, opt_state = carry
 
-        def row(total, i):
-            pick = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-            step = jax.tree.map(pick, steps)
-            (_, info), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, config, step, pick(adv), pick(target))
-            return jax.tree.map(jnp.add, total, (grads, info)), None
+        def gradient(i):
+            step, *rest = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (steps, adv, target))
+            return jax.grad(loss_fn, has_aux=True)(params, config, step, *rest)
 
-        like = jax.eval_shape(lambda: jax.value_and_grad(loss_fn, has_aux=True)(params, config, jax.tree.map(lambda x: x[0], steps), adv[0], target[0]))
-        (_, info), grads = like
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (grads, info))
-        (grads, info), _ = jax.lax.scan(row, zero, index)
-        grads, info = jax.tree.map(lambda x: x / rows, (grads, info))
+        grads, info = jax.tree.map(lambda x: x.mean(0), jax.lax.map(gradient, index))
         updates, opt_state = tx.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), info | {"grad_norm": optax.global_norm(grads)}
 
-    order = jax.vmap(lambda k: jax.random.permutation(k, config.horizon))(jax.random.split(key, config.num_epochs))
-    order = order.reshape(config.num_epochs * config.num_minibatches, rows)
-    (params, opt_state), info = jax.lax.scan(minibatch, (params, opt_state), order)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, config.horizon))(jax.random.split(key, config.num_epochs))
+    orders = orders.reshape(config.num_epochs * config.num_minibatches, -1)
+    (params, opt_state), info = jax.lax.scan(minibatch, (params, opt_state), orders)
     return params, opt_state, jax.tree.map(jnp.mean, info)
+
+
+# --- the league
+
+
+def opponent_weights(born, points, generalise) -> jax.Array:
+    """With what weight each checkpoint (M,) is drawn: all alike, or in the generalise stage by the points it takes."""
+    return jnp.where(generalise, 1.0 - points, 1.0) * (born > 0)
+
+
+def draw_rivals(key, config: Config, state: State, t):
+    """-> each match's rung (B,), Rivals, and each group's place in the league (G,), -1 for the newest self."""
+    key_match, key_slot, key_newest = jax.random.split(key, 3)
+    num, groups = config.num_matches, config.num_groups
+    u = jax.random.uniform(key_match, (4, num))
+    rung = jnp.where(u[0] < 0.6, state.rung, (u[1] * (state.rung + 1)).astype(jnp.int32))
+    top = rung == TOP
+    any_but_easy = 1 + (u[2] * (len(NAMES) - 1)).astype(jnp.int32)
+    bot = jnp.where(top, any_but_easy, jnp.asarray(NUMBERS)[rung, 5].astype(jnp.int32))
+    generalise = t >= config.generalise_from * config.num_updates
+    weight = opponent_weights(state.born, state.points, generalise)
+    slot = jax.random.categorical(key_slot, jnp.log(weight + 1e-9), shape=(groups,))
+    newest = jax.random.uniform(key_newest, (groups,)) < jnp.where(generalise, 1 / (1 + config.league_size), config.newest_share)
+    slot = jnp.where(newest | (state.born.max() == 0), -1, slot)
+    choose = lambda league, now: jnp.where((slot < 0).reshape(-1, *[1] * now.ndim), now, league[slot])
+    teams = jax.tree.map(choose, state.league_params, state.params["actor"])
+    is_team = top & (u[3] >= config.bot_share)
+    return rung, Rivals(teams, Bot(*jnp.asarray(BOT_NUMBERS)[bot].T), is_team), slot
+
+
+def keep_score(config: Config, state: State, rung, is_team, slot, count, t) -> tuple[State, dict]:
+    """The running means, and the next rung where this one is mastered or its time is over."""
+    here = (rung == state.rung) & (count[0] > 0)
+    ended, won, lost = (count * here).sum(1)
+    rate = jnp.stack([won, lost]) / jnp.maximum(ended, 1)
+    rates = 0.8 * state.rates + 0.2 * rate
+    mastered = (rates[0] >= jnp.asarray(NUMBERS)[state.rung, 6]) & (rates[0] >= config.climb_at * rates.sum())
+    late = (TOP * (t + 1) / (config.ladder_share * config.num_updates)).astype(jnp.int32)
+    new_rung = jnp.minimum(jnp.maximum(state.rung + mastered, late), TOP)
+    by_slot = (slot[:, None] == jnp.arange(config.league_size)).astype(jnp.float32)
+    ended, won, lost = (count * is_team).reshape(3, config.num_groups, -1).sum(2) @ by_slot
+    taken = 0.5 * (ended + won - lost) / jnp.maximum(ended, 1)
+    points = jnp.where(ended > 0, 0.9 * state.points + 0.1 * taken, state.points)
+    state = state._replace(rung=new_rung, rates=jnp.where(new_rung > state.rung, 0.0, rates), points=points)
+    return state, {"rung": state.rung.astype(jnp.float32), "won": rate[0], "lost": rate[1]}
+
+
+def keep_checkpoint(config: Config, state: State, t) -> State:
+    """The newest team joins the league when it is time."""
+    every = config.num_updates // config.league_size
+    joins = ((t + 1) % every == 0) & (jnp.arange(config.league_size) == t // every)
+    put = lambda old, new: jnp.where(joins.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+    return state._replace(
+        league_params=jax.tree.map(put, state.league_params, state.params["actor"]),
+        born=put(state.born, t + 1),
+        points=put(state.points, 0.5),
+    )
 
 
 # --- training
 
 
 def make_train(config: Config) -> Train:
+    """TiZero as pure functions of one seed."""
     env = Football(max_steps_in_episode=config.horizon)
-    steps_total = config.num_updates * config.num_epochs * config.num_minibatches
-    tx = optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm), optax.adam(optax.linear_schedule(config.lr, config.lr / 10, steps_total), eps=1e-5)
-    )
+    grad_steps = config.num_updates * config.num_epochs * config.num_minibatches
+    schedule = optax.linear_schedule(config.lr, config.lr / 10, grad_steps)
+    tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(schedule, eps=1e-5))
     size = config.league_size
-    every = max(config.num_updates // size, 1)
 
     def init(key):
         key, key_actor, key_critic = jax.random.split(key, 3)
-        params = {"actor": init_team(key_actor, config.hidden), "critic": init_critic(key_critic, config.hidden)}
-        league = jax.tree.map(lambda x: jnp.zeros((size, *x.shape)), params["actor"])
-        return State(params, tx.init(params), league, jnp.zeros(size, jnp.int32), jnp.full(size, 0.5), jnp.int32(0), jnp.zeros(2), key)
+        actor = init_team(key_actor, config.hidden)
+        actor = actor._replace(last_bias=actor.last_bias.at[0].set(config.idle_bias))
+        params = {"actor": actor, "critic": init_critic(key_critic, config.hidden)}
+        league = jax.tree.map(lambda x: jnp.zeros((size, *x.shape)), actor)
+        born, points = jnp.zeros(size, jnp.int32), jnp.full(size, 0.5)
+        return State(params, tx.init(params), league, born, points, jnp.int32(0), jnp.zeros(2), key)
 
     def update(state: State, t):
-        key, key_who, key_level, key_play, key_learn = jax.random.split(state.key, 5)
-        rung, rivals, slot = draw_rivals(key_who, config, state, t)
-        start = begin(key_level, env, rung)
-        start, rivals_bot, is_team = jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), (start, rivals.bot, rivals.is_team))
-        rivals = rivals._replace(bot=rivals_bot, is_team=is_team)
+        key, key_rivals, key_level, key_play, key_learn = jax.random.split(state.key, 5)
+        rung, rivals, slot = draw_rivals(key_rivals, config, state, t)
+        start, bots, is_team = split((begin(key_level, env, rung), rivals.bots, rivals.is_team))
+        rivals = Rivals(rivals.teams, bots, is_team)
         steps, last, count = rollout(key_play, config, env, state.params, rivals, start)
-        adv, target = gae(steps.reward, steps.value, steps.done, last, config.gamma, config.gae_lambda)
-        params, opt_state, info = learn(key_learn, config, tx, state.params, state.opt_state, steps, adv, target)
+        params, opt_state, info = learn(key_learn, config, tx, state.params, state.opt_state, steps, last)
         state = state._replace(params=params, opt_state=opt_state, key=key)
-        state, more = keep_score(config, state, rung, rivals, slot, count, t)
-        due = ((t + 1) % every == 0) & (jnp.arange(size) == ((t + 1) // every - 1) % size)
-        keep = lambda old, new: jnp.where(due.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-        state = state._replace(
-            league_params=jax.tree.map(keep, state.league_params, params["actor"]),
-            born=jnp.where(due, t + 1, state.born),
-            points=jnp.where(due, 0.5, state.points),
-        )
-        info |= more | {"env_steps": (t + 1) * config.num_matches * config.horizon, "reward": steps.reward.sum(0).mean()}
-        return state, info
+        state, scores = keep_score(config, state, rung, is_team, slot, count, t)
+        env_steps = (t + 1) * config.num_matches * config.horizon
+        info |= scores | {"reward": steps.reward.sum(0).mean(), "env_steps": env_steps}
+        return keep_checkpoint(config, state, t), info
 
     return Train(init, update, partial(evaluate, config), config.num_updates)
 
 
-def draw_rivals(key, config: Config, state: State, t):
-    """-> each match's rung (B,), Rivals, and the slot of the league of each group, -1 for the newest self (G,)."""
-    keys = jax.random.split(key, 5)
-    num, groups = config.num_matches, config.num_groups
-    u = jax.random.uniform(keys[0], (4, num))
-    rung = jnp.where(u[0] < 0.6, state.rung, (u[1] * (state.rung + 1)).astype(jnp.int32))
-    top = rung == TOP
-    is_team = top & (u[2] >= config.bot_share)
-    bot = jnp.where(top, 1 + (u[3] * (len(NAMES) - 1)).astype(jnp.int32), jnp.asarray(TABLE)[rung, 5].astype(jnp.int32))
-    bots = Bot(*jnp.asarray(BOT_TABLE)[bot].T)
-    hard = t >= config.generalise_from * config.num_updates
-    weight = jnp.where(hard, (1.0 - state.points) ** 2, 1.0) * (state.born > 0) + 1e-9
-    slot = jax.random.categorical(keys[1], jnp.log(weight), shape=(groups,))
-    newest = jax.random.uniform(keys[2], (groups,)) < jnp.where(hard, 0.3, config.newest_share)
-    newest = newest | (state.born.max() == 0)
-    slot = jnp.where(newest, -1, slot)
-    choose = lambda league, new: jnp.where((slot < 0).reshape(-1, *[1] * (league.ndim - 1)), new, league[slot])
-    team = jax.tree.map(choose, state.league_params, state.params["actor"])
-    return rung, Rivals(team, bots, is_team), slot
-
-
-def keep_score(config: Config, state: State, rung, rivals: Rivals, slot, count, t):
-    levels, won, lost = count
-    here = rung == state.rung
-    sums = jnp.stack([levels, won, lost]) * here
-    n = jnp.maximum(sums[0].sum(), 1)
-    rate = sums[1:].sum(1) / n
-    mean = 0.8 * state.won + 0.2 * rate
-    row = jnp.asarray(TABLE)[state.rung]
-    up = (mean[0] >= row[6]) & (mean[0] >= config.climb_at * mean.sum())
-    forced = (TOP * t / (config.ladder_share * config.num_updates)).astype(jnp.int32)
-    rung_new = jnp.clip(jnp.maximum(state.rung + up, forced), 0, TOP)
-    moved = rung_new != state.rung
-    group = lambda x: (x * rivals.is_team).reshape(config.num_groups, -1).sum(1)
-    hot = slot[:, None] == jnp.arange(config.league_size)
-    played = (group(levels)[:, None] * hot).sum(0)
-    got = (group(0.5 * (levels + won - lost))[:, None] * hot).sum(0)
-    points = jnp.where(played > 0, 0.9 * state.points + 0.1 * got / jnp.maximum(played, 1), state.points)
-    state = state._replace(rung=rung_new, won=jnp.where(moved, 0.0, mean), points=points)
-    return state, {"rung": state.rung * 1.0, "won": rate[0], "lost": rate[1]}
+def split(tree):
+    """Spreads the matches, the last axis, over devices."""
+    return jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), tree)
 
 
 # --- evaluation
 
 
-def contest(key, config: Config, team: Team, rivals: Rivals, env: Football, start: FootballState):
-    """One level each: (2, B) bool, who scored. team (G, ...)."""
-    env_params = FootballParams(skills(rivals), config.horizon)
+def play(key, env: Football, teams: Team, rivals: Rivals, start: FootballState, num_steps: int):
+    """`num_steps` steps of teams (G, ...) against their rivals -> the last state, goals (2, B) int32, and who scored first
+    (2, B) bool."""
+    params = world_params(rivals, env.max_steps)
 
     def step(carry, key):
-        state, goals = carry
+        state, goals, first = carry
         key_act, key_rival, key_env = jax.random.split(key, 3)
-        left = 1.0 - state.time / config.horizon
-        action, _ = sample_actions(key_act, apply_team(team, *views(state, left)))
+        left = 1.0 - state.time / env.max_steps
+        action, _ = sample_actions(key_act, by_groups(teams, *views(state, left)))
         actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state, left)])
-        _, state, _, _, info = env.step_env(key_env, state, actions, env_params)
-        return (state, jnp.where(goals.any(0), goals, info["goal"])), None
+        _, state, _, _, info = env.step_env(key_env, state, actions, params)
+        first = jnp.where(first.any(0), first, info["goal"])
+        return (state, goals + info["goal"], first), None
 
-    goals = jnp.zeros((2, start.time.shape[0]), bool)
-    (_, goals), _ = jax.lax.scan(step, (start, goals), jax.random.split(key, config.horizon))
-    return goals
+    none = jnp.zeros((2, start.time.shape[0]), jnp.int32)
+    keys = jax.random.split(key, num_steps)
+    return jax.lax.scan(step, (start, none, none > 0), keys)[0]
 
 
 def evaluate(config: Config, state: State) -> dict:
+    """The newest team against every bot and every checkpoint, and the checkpoints against each other, in levels like MADRID's:
+    everyone anywhere, the first goal decides. A film of it against the hard bot."""
     env = Football(max_steps_in_episode=config.horizon)
-    key_level, key_play = jax.random.split(jax.random.fold_in(state.key, 0))
-    num = config.eval_matches
-    names = NAMES
-    which = jnp.repeat(jnp.arange(len(names)), num)
-    start = env.reset_to_level(env.sample_level(key_level, (len(which),)))
-    team = state.params["actor"]
-    rivals = Rivals(jax.tree.map(lambda x: x[None], team), Bot(*jnp.asarray(BOT_TABLE)[which].T), jnp.zeros(len(which), bool))
-    goals = contest(key_play, config, team, rivals, env, start).reshape(2, len(names), num).sum(-1)
-    out = {}
-    for i, name in enumerate(names):
-        out[f"share_{name}"] = (goals[0, i] + 0.0) / jnp.maximum(goals[:, i].sum(), 1)
-        out[f"goals_{name}"] = goals[0, i] / num
-        out[f"conceded_{name}"] = goals[1, i] / num
-    return out
+    size, num = config.league_size, config.eval_matches
+    left, right = np.triu_indices(size, 1)
+    left = np.concatenate([np.full(len(NAMES) + size, size), left])
+    right = np.concatenate([np.full(len(NAMES), size), np.arange(size), right])
+    everyone = jax.tree.map(lambda x, new: jnp.concatenate([x, new[None]]), state.league_params, state.params["actor"])
+    pick = lambda who: jax.tree.map(lambda x: x[who], everyone)
+    group = np.repeat(np.arange(len(left)), num)
+    bots = jnp.asarray(BOT_NUMBERS[np.minimum(group, len(NAMES) - 1)].T)
+    bots, is_team = split((Bot(*bots), jnp.asarray(group >= len(NAMES))))
+    rivals = Rivals(pick(right), bots, is_team)
+    key_level, key_play, key_film = jax.random.split(jax.random.fold_in(state.key, 0), 3)
+    start = split(env.reset_to_level(env.sample_level(key_level, (len(group),))))
+    _, _, first = play(key_play, env, pick(left), rivals, start, config.horizon)
+    first = first.reshape(2, len(left), num).sum(2)
+    share = first[0] / jnp.maximum(first.sum(0), 1)  # of the levels that were decided
+    share = jnp.where(first.any(0), share, 0.5)
+    there = state.born > 0
+    against = jnp.where(there, share[len(NAMES) : len(NAMES) + size], jnp.nan)
+    table = jnp.full((size, size), jnp.nan).at[np.triu_indices(size, 1)].set(share[len(NAMES) + size :])
+    table = jnp.where(jnp.isnan(table), 1.0 - table.T, table)
+    table = jnp.where(there & there[:, None], table, jnp.nan)
+    scalars = {f"share_{name}": share[i] for i, name in enumerate(NAMES)}
+    scalars |= {f"won_{name}": first[0, i] / num for i, name in enumerate(NAMES)}
+    scalars |= {f"lost_{name}": first[1, i] / num for i, name in enumerate(NAMES)}
+    order = jnp.argsort(jnp.where(there, state.born, 2**30))
+    return scalars | {
+        "share_league": jnp.nanmean(against),
+        "against_checkpoints": against[order],
+        "league": picture(table[order][:, order]),
+        "league_table": table[order][:, order],
+        "match": film(key_film, config, state.params["actor"]),
+    }
+
+
+def picture(table) -> jax.Array:
+    """Who beats whom (M, M): the row's share against the column, red 0, white a half, green 1, grey where there is none."""
+    share = jnp.repeat(jnp.repeat(table, 24, 0), 24, 1)[..., None]
+    red, white, green = (np.float32(c) for c in ([200, 60, 50], [245, 245, 245], [50, 150, 70]))
+    colour = jnp.where(share < 0.5, red + 2 * share * (white - red), white + (2 * share - 1) * (green - white))
+    return jnp.where(jnp.isnan(share), 150.0, colour).astype(jnp.uint8)
+
+
+def one_match(team: Team, bot: str, num: int):
+    """What `play` takes for `num` whole matches of a team against a bot."""
+    bots = Bot(*(jnp.full(num, x) for x in BOTS[bot]))
+    teams = jax.tree.map(lambda x: x[None], team)
+    return teams, Rivals(teams, bots, jnp.zeros(num, bool))
+
+
+def film(key, config: Config, team: Team) -> jax.Array:
+    """`film_steps` from a kick-off against the hard bot, every third step: (film_steps / 3, H, W, 3) uint8."""
+    env = Football(end_on_score=False)
+    key_start, key_play = jax.random.split(key)
+    _, state = env.reset_env(key_start, env.default_params, (1,))
+
+    def frame(state, key):
+        state, _, _ = play(key, env, *one_match(team, "hard", 1), state, 3)
+        return state, env.render(jax.tree.map(lambda x: x[..., 0], state))
+
+    return jax.lax.scan(frame, state, jax.random.split(key_play, config.film_steps // 3))[1]
+
+
+# --- what a run leaves: its league, and whole matches of its last team
+
+
+def finish(config: Config, folder: Path) -> None:
+    """Writes FOLDER/league.npz (of the first seed; league_SEED.npz of the others), plays matches and prints what came of them."""
+    path, meta = newest_good(folder / "checkpoints")
+    seeds = jnp.arange(config.seed, config.seed + config.num_seeds)
+    states = load(path, jax.eval_shape(jax.vmap(lambda seed: make_train(config).init(jax.random.key(seed))), seeds))
+    about = dict(updates=meta["update"], env_steps=meta["update"] * config.num_matches * config.horizon)
+    about |= dict(command=command_of(config), commit=code_commit())
+    for lane in range(config.num_seeds):
+        write_league(folder, lane, jax.tree.map(lambda x, lane=lane: x[lane], states), about | {"seed": config.seed + lane})
+    if config.final_matches:
+        team = jax.tree.map(lambda x: jnp.asarray(x[0]), states.params["actor"])
+        results = {bot: whole_matches(config, team, bot) for bot in NAMES}
+        write_atomically(folder / "matches.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
+        for bot, r in results.items():
+            outcome = f"{r['won']} won, {r['drawn']} drawn, {r['lost']} lost, {r['scored']}:{r['conceded']} goals"
+            print(f"{r['matches']} whole matches against the {bot} bot: {outcome}")
+
+
+def command_of(config: Config) -> str:
+    """The command that makes such a run."""
+    usual = as_dict({"cpu": CPU, "paper": PAPER}[config.preset])
+    changed = {k: v for k, v in as_dict(config).items() if v != usual[k] and k not in NOT_COMPARED}
+    flags = [f"--{name.replace('_', '-')} {value}" for name, value in changed.items()]
+    return " ".join(["python algos/tizero.py", f"--preset {config.preset}", *flags])
+
+
+def write_league(folder: Path, lane: int, state: State, about: dict) -> None:
+    """The checkpoints of one seed, the earliest first."""
+    order = [i for i in np.argsort(state.born) if state.born[i]]
+    if order:
+        teams = jax.tree.map(lambda x: np.asarray(x)[order], state.league_params)
+        name = f"league_{about['seed']}.npz" if lane else "league.npz"
+        save_league(folder / name, teams, [f"update {state.born[i]}" for i in order], about)
+
+
+def whole_matches(config: Config, team: Team, bot: str) -> dict:
+    """`final_matches` matches of match_steps steps from kick-off."""
+    env, num = Football(end_on_score=False, max_steps_in_episode=config.match_steps), config.final_matches
+    key_start, key_play = jax.random.split(jax.random.key(config.seed))
+
+    @jax.jit
+    def go():
+        _, state = env.reset_env(key_start, env.default_params, (num,))
+        return play(key_play, env, *one_match(team, bot, num), state, config.match_steps)[1]
+
+    ours, theirs = np.asarray(go())
+    won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+    return dict(matches=num, won=won, drawn=num - won - lost, lost=lost, scored=int(ours.sum()), conceded=int(theirs.sum()))
+
+
+def main(config: Config) -> None:
+    """Trains, then writes the league."""
+    run(config, make_train, highlights=("rung", "won"))
+    finish(config, Path(config.out) if config.out else new_or_newest(Path("runs") / "tizero", True))
 
 
 if __name__ == "__main__":
-    run(cli(Config, __doc__, {"cpu": CPU, "paper": PAPER}), make_train, highlights=("rung", "won"))
+    main(cli(Config, __doc__, {"cpu": CPU, "paper": PAPER}))

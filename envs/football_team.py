@@ -49,7 +49,18 @@ def apply_team(params: Team, whole, own) -> jax.Array:
     seen = jnp.tensordot(params.whole, whole, 1)[:, None]
     x = jnp.tanh(seen + jnp.tensordot(params.own, own, 1) + column(params.first_bias))
     x = jnp.tanh(jnp.tensordot(params.hidden, x, 1) + column(params.hidden_bias))
-    return jnp.tensordot(params.last, x, 1) + column(params.last_bias)
+    logits = jnp.tensordot(params.last, x, 1) + column(params.last_bias)
+    return jnp.where(legal_actions(whole, own), logits, -1e9)
+
+
+def legal_actions(whole, own) -> jax.Array:
+    """Which actions would do something (19, 10, ...) bool: kicks and dribbling only with the ball, a slide only when the other team
+    has it, to stop only what one does. The world takes the others for idling; without them there is less to try."""
+    runs, sprints, dribbles = (own[6] != 0) | (own[7] != 0), own[8] > 0, own[9] > 0
+    has, theirs = own[14] > 0, (whole[96] > 0)[None]
+    always, kicks = jnp.ones_like(has), has & (own[15] == 0)
+    legal = [always] * 9 + [kicks] * 4 + [~sprints, runs, sprints, theirs & ~has, has & ~dribbles, dribbles]
+    return jnp.stack(jnp.broadcast_arrays(*legal))
 
 
 def views(state: FootballState, left, team: int = 0):
