@@ -212,7 +212,7 @@ NUMBERS = np.float32([rung._replace(bot=NAMES.index(rung.bot)) for rung in LADDE
 BOT_NUMBERS = np.float32([BOTS[name] for name in NAMES])
 
 
-def begin(key, env: Football, rung) -> FootballState:
+def begin_levels(key, env: Football, rung) -> FootballState:
     """A level of each match's rung (B,). Small teams stand about the ball; of the large ones' levels three in ten are in
     formation, the others anywhere, as MADRID's are."""
     num, row = rung.shape[0], jnp.asarray(NUMBERS)[rung].T
@@ -244,8 +244,8 @@ class Rivals(NamedTuple):
 
 def by_groups(teams: Team, whole, own) -> jax.Array:
     """G teams, each for B / G matches: views (128, B), (34, 10, B) -> logits (19, 10, B)."""
-    split = lambda x: x.reshape(*x.shape[:-1], teams.whole.shape[0], -1)
-    logits = jax.vmap(apply_team, (0, 1, 2), 2)(teams, split(whole), split(own))
+    grouped = lambda x: x.reshape(*x.shape[:-1], teams.whole.shape[0], -1)
+    logits = jax.vmap(apply_team, (0, 1, 2), 2)(teams, grouped(whole), grouped(own))
     return logits.reshape(*logits.shape[:2], -1)
 
 
@@ -270,7 +270,7 @@ def crowding(state: FootballState) -> jax.Array:
     return ((near & on[:, :, None] & on[:, None]).sum((1, 2)) - on.sum(1)) / 20.0
 
 
-def rewards(config: Config, state: FootballState, info: dict, rings) -> jax.Array:
+def team_reward(config: Config, state: FootballState, info: dict, rings) -> jax.Array:
     """The left team's (B,), zero-sum; `rings` (2, B): the world's checkpoint reward."""
     goal, completed, owned, restart = (info[name].astype(jnp.float32) for name in ("goal", "completed", "owned", "restart"))
     each = goal + config.checkpoint_coef * rings + config.pass_coef * completed + config.hold_coef * owned
@@ -278,7 +278,7 @@ def rewards(config: Config, state: FootballState, info: dict, rings) -> jax.Arra
     return each[0] - each[1]
 
 
-class Step(NamedTuple):
+class TeamStep(NamedTuple):
     """What the learner's team saw, did and got, (T, ..., B)."""
 
     whole: jax.Array  # (128,)
@@ -292,7 +292,7 @@ class Step(NamedTuple):
 
 
 def rollout(key, config: Config, env: Football, params: dict, rivals: Rivals, start: FootballState):
-    """`horizon` steps; a level that ends begins again -> Step, the value of what comes next (B,), and how many levels of each
+    """`horizon` steps; a level that ends begins again -> TeamStep, the value of what comes next (B,), and how many levels of each
     match ended, were won, were lost (3, B)."""
     world = world_params(rivals, config.horizon)
 
@@ -307,10 +307,10 @@ def rollout(key, config: Config, env: Football, params: dict, rivals: Rivals, st
         _, state, _, terminated, info = env.step_env(key_env, state, actions, world)
         extra, rings = checkpoints(state, info["goal"].astype(jnp.float32))
         done = terminated | (state.time >= config.horizon)
-        reward, value = rewards(config, state, info, extra), critic(params["critic"], whole, active)
+        reward, value = team_reward(config, state, info, extra), critic(params["critic"], whole, active)
         state = jax.tree.map(lambda first, now: jnp.where(done, first, now), start, state._replace(rings=rings))
         count = count + jnp.stack([done, info["goal"][0], info["goal"][1]])
-        return (state, count), Step(whole, own, active, action.astype(jnp.int8), log_prob, value, reward, done)
+        return (state, count), TeamStep(whole, own, active, action.astype(jnp.int8), log_prob, value, reward, done)
 
     count = jnp.zeros((3, *start.time.shape), jnp.int32)
     (state, count), steps = jax.lax.scan(step, (start, count), jax.random.split(key, config.horizon))
@@ -337,7 +337,7 @@ def surrogate(log_ratio, adv, active, clip_eps: float, joint: bool):
     return -(weight * least).sum(0).mean(), (weight * outside).sum(0).mean()
 
 
-def loss_fn(params: dict, config: Config, step: Step, adv, target):
+def loss_fn(params: dict, config: Config, step: TeamStep, adv, target):
     """The loss of one step of B matches, and diagnostics."""
     joint, on = config.ratio == "joint", step.active.astype(jnp.float32)
     log_probs = jax.nn.log_softmax(apply_team(params["actor"], step.whole, step.own), axis=0)
@@ -351,7 +351,7 @@ def loss_fn(params: dict, config: Config, step: Step, adv, target):
     return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "clip_fraction": clipped}
 
 
-def learn(key, config: Config, tx, params: dict, opt_state, steps: Step, last):
+def learn_from(key, config: Config, tx, params: dict, opt_state, steps: TeamStep, last):
     """PPO's passes over a rollout -> params, opt_state, mean diagnostics. A minibatch is some of the time steps; the gradients of
     its steps are taken one after another, so that what a step needs stays in the processor's cache."""
     adv, target = gae(steps.reward, steps.value, steps.done, last, config.gamma, config.gae_lambda)
@@ -454,10 +454,10 @@ def make_train(config: Config) -> Train:
     def update(state: State, t):
         key, key_rivals, key_level, key_play, key_learn = jax.random.split(state.key, 5)
         rung, rivals, slot = draw_rivals(key_rivals, config, state, t)
-        start, bots, is_team = split((begin(key_level, env, rung), rivals.bots, rivals.is_team))
+        start, bots, is_team = spread_matches((begin_levels(key_level, env, rung), rivals.bots, rivals.is_team))
         rivals = Rivals(rivals.teams, bots, is_team)
         steps, last, count = rollout(key_play, config, env, state.params, rivals, start)
-        params, opt_state, info = learn(key_learn, config, tx, state.params, state.opt_state, steps, last)
+        params, opt_state, info = learn_from(key_learn, config, tx, state.params, state.opt_state, steps, last)
         state = state._replace(params=params, opt_state=opt_state, key=key)
         state, scores = keep_score(config, state, rung, is_team, slot, count, t)
         env_steps = (t + 1) * config.num_matches * config.horizon
@@ -467,7 +467,7 @@ def make_train(config: Config) -> Train:
     return Train(init, update, partial(evaluate, config), config.num_updates)
 
 
-def split(tree):
+def spread_matches(tree):
     """Spreads the matches, the last axis, over devices."""
     return jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), tree)
 
@@ -475,7 +475,7 @@ def split(tree):
 # --- evaluation
 
 
-def play(key, env: Football, teams: Team, rivals: Rivals, start: FootballState, num_steps: int):
+def play_on(key, env: Football, teams: Team, rivals: Rivals, start: FootballState, num_steps: int):
     """`num_steps` steps of teams (G, ...) against their rivals -> the last state, goals (2, B) int32, and who scored first
     (2, B) bool."""
     params = world_params(rivals, env.max_steps)
@@ -507,11 +507,11 @@ def evaluate(config: Config, state: State) -> dict:
     pick = lambda who: jax.tree.map(lambda x: x[who], everyone)
     group = np.repeat(np.arange(len(left)), num)
     bots = jnp.asarray(BOT_NUMBERS[np.minimum(group, len(NAMES) - 1)].T)
-    bots, is_team = split((Bot(*bots), jnp.asarray(group >= len(NAMES))))
+    bots, is_team = spread_matches((Bot(*bots), jnp.asarray(group >= len(NAMES))))
     rivals = Rivals(pick(right), bots, is_team)
     key_level, key_play, key_film = jax.random.split(jax.random.fold_in(state.key, 0), 3)
-    start = split(env.reset_to_level(env.sample_level(key_level, (len(group),))))
-    _, _, first = play(key_play, env, pick(left), rivals, start, config.horizon)
+    start = spread_matches(env.reset_to_level(env.sample_level(key_level, (len(group),))))
+    _, _, first = play_on(key_play, env, pick(left), rivals, start, config.horizon)
     first = first.reshape(2, len(left), num).sum(2)
     share = first[0] / jnp.maximum(first.sum(0), 1)  # of the levels that were decided
     share = jnp.where(first.any(0), share, 0.5)
@@ -527,13 +527,13 @@ def evaluate(config: Config, state: State) -> dict:
     return scalars | {
         "share_league": jnp.nanmean(against),
         "against_checkpoints": against[order],
-        "league": picture(table[order][:, order]),
+        "league": league_picture(table[order][:, order]),
         "league_table": table[order][:, order],
-        "match": film(key_film, config, state.params["actor"]),
+        "match": film_match(key_film, config, state.params["actor"]),
     }
 
 
-def picture(table) -> jax.Array:
+def league_picture(table) -> jax.Array:
     """Who beats whom (M, M): the row's share against the column, red 0, white a half, green 1, grey where there is none."""
     share = jnp.repeat(jnp.repeat(table, 24, 0), 24, 1)[..., None]
     red, white, green = (np.float32(c) for c in ([200, 60, 50], [245, 245, 245], [50, 150, 70]))
@@ -542,20 +542,20 @@ def picture(table) -> jax.Array:
 
 
 def one_match(team: Team, bot: str, num: int):
-    """What `play` takes for `num` whole matches of a team against a bot."""
+    """What `play_on` takes for `num` whole matches of a team against a bot."""
     bots = Bot(*(jnp.full(num, x) for x in BOTS[bot]))
     teams = jax.tree.map(lambda x: x[None], team)
     return teams, Rivals(teams, bots, jnp.zeros(num, bool))
 
 
-def film(key, config: Config, team: Team) -> jax.Array:
+def film_match(key, config: Config, team: Team) -> jax.Array:
     """`film_steps` from a kick-off against the hard bot, every third step: (film_steps / 3, H, W, 3) uint8."""
     env = Football(end_on_score=False)
     key_start, key_play = jax.random.split(key)
     _, state = env.reset_env(key_start, env.default_params, (1,))
 
     def frame(state, key):
-        state, _, _ = play(key, env, *one_match(team, "hard", 1), state, 3)
+        state, _, _ = play_on(key, env, *one_match(team, "hard", 1), state, 3)
         return state, env.render(jax.tree.map(lambda x: x[..., 0], state))
 
     return jax.lax.scan(frame, state, jax.random.split(key_play, config.film_steps // 3))[1]
@@ -564,7 +564,7 @@ def film(key, config: Config, team: Team) -> jax.Array:
 # --- what a run leaves: its league, and whole matches of its last team
 
 
-def finish(config: Config, folder: Path) -> None:
+def write_results(config: Config, folder: Path) -> None:
     """Writes FOLDER/league.npz (of the first seed; league_SEED.npz of the others), plays matches and prints what came of them."""
     path, meta = newest_good(folder / "checkpoints")
     seeds = jnp.arange(config.seed, config.seed + config.num_seeds)
@@ -607,7 +607,7 @@ def whole_matches(config: Config, team: Team, bot: str) -> dict:
     @jax.jit
     def go():
         _, state = env.reset_env(key_start, env.default_params, (num,))
-        return play(key_play, env, *one_match(team, bot, num), state, config.match_steps)[1]
+        return play_on(key_play, env, *one_match(team, bot, num), state, config.match_steps)[1]
 
     ours, theirs = np.asarray(go())
     won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
@@ -617,7 +617,7 @@ def whole_matches(config: Config, team: Team, bot: str) -> dict:
 def main(config: Config) -> None:
     """Trains, then writes the league."""
     run(config, make_train, highlights=("rung", "won"))
-    finish(config, Path(config.out) if config.out else new_or_newest(Path("runs") / "tizero", True))
+    write_results(config, Path(config.out) if config.out else new_or_newest(Path("runs") / "tizero", True))
 
 
 if __name__ == "__main__":
