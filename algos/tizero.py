@@ -80,7 +80,7 @@ class Config(RunConfig):
     clip_eps: float = 0.2
     """PPO's clipping."""
     ent_coef: float = 0.003
-    """Weight of the entropy: of the team with the joint ratio, else of a player."""
+    """Weight of the entropy (of the team with the joint ratio, else of a player) at the start; it falls to a tenth."""
     vf_coef: float = 0.5
     """Weight of the critic's loss."""
     max_grad_norm: float = 0.5
@@ -99,15 +99,17 @@ class Config(RunConfig):
     out_coef: float = 1e-3
     """and for a restart given to the others."""
 
-    ladder_share: float = 0.5
+    ladder_share: float = 0.4
     """The part of training after which the ladder's top is reached at the latest."""
+    newest_rung: float = 0.7
+    """Share of the matches on the rung that is reached; the others are on any up to it."""
     climb_at: float = 0.65
     """The share of decided levels to win before the next rung."""
     generalise_from: float = 0.75
     """The part of training after which opponents are drawn by how hard they are to beat."""
     newest_share: float = 0.8
     """Share of the league's matches that are against the newest self, until then."""
-    bot_share: float = 0.3
+    bot_share: float = 0.4
     """Share of the matches at the ladder's top that bots play."""
     num_groups: int = 16
     """Groups of matches; each has one opponent of the league."""
@@ -131,7 +133,8 @@ class Config(RunConfig):
         require(self.final_matches >= 0, f"--final-matches {self.final_matches}: must not be negative")
         require(self.film_steps >= 3, f"--film-steps {self.film_steps}: must be at least 3")
         require(self.lr > 0, f"--lr {self.lr}: must be positive")
-        require_range(self, 0, 1, "gamma", "gae_lambda", "climb_at", "newest_share", "bot_share", "ladder_share", "generalise_from")
+        require_range(self, 0, 1, "gamma", "gae_lambda", "climb_at", "newest_rung", "newest_share")
+        require_range(self, 0, 1, "bot_share", "ladder_share", "generalise_from")
         require(self.ladder_share > 0, "--ladder-share 0: must be positive")
         require_multiple(self, "horizon", "num_minibatches")
         require_multiple(self, "num_matches", "num_groups")
@@ -144,7 +147,7 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
 PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
-CPU = Config(preset="cpu", num_updates=400, log_every=5, eval_every=100, save_every=100)
+CPU = Config(preset="cpu", num_updates=1000, log_every=5, eval_every=125, save_every=125)
 
 
 class State(NamedTuple):
@@ -337,7 +340,7 @@ def surrogate(log_ratio, adv, active, clip_eps: float, joint: bool):
     return -(weight * least).sum(0).mean(), (weight * outside).sum(0).mean()
 
 
-def loss_fn(params: dict, config: Config, step: TeamStep, adv, target):
+def loss_fn(params: dict, config: Config, ent_coef, step: TeamStep, adv, target):
     """The loss of one step of B matches, and diagnostics."""
     joint, on = config.ratio == "joint", step.active.astype(jnp.float32)
     log_probs = jax.nn.log_softmax(apply_team(params["actor"], step.whole, step.own), axis=0)
@@ -347,11 +350,11 @@ def loss_fn(params: dict, config: Config, step: TeamStep, adv, target):
     each = -(jnp.exp(log_probs) * log_probs).sum(0) * on
     entropy = each.sum() / on.sum()
     bonus = each.sum(0).mean() if joint else entropy
-    loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * bonus
+    loss = policy_loss + config.vf_coef * value_loss - ent_coef * bonus
     return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "clip_fraction": clipped}
 
 
-def learn_from(key, config: Config, tx, params: dict, opt_state, steps: TeamStep, last):
+def learn_from(key, config: Config, tx, ent_coef, params: dict, opt_state, steps: TeamStep, last):
     """PPO's passes over a rollout -> params, opt_state, mean diagnostics. A minibatch is some of the time steps; the gradients of
     its steps are taken one after another, so that what a step needs stays in the processor's cache."""
     adv, target = gae(steps.reward, steps.value, steps.done, last, config.gamma, config.gae_lambda)
@@ -362,7 +365,7 @@ def learn_from(key, config: Config, tx, params: dict, opt_state, steps: TeamStep
 
         def gradient(i):
             step, *rest = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (steps, adv, target))
-            return jax.grad(loss_fn, has_aux=True)(params, config, step, *rest)
+            return jax.grad(loss_fn, has_aux=True)(params, config, ent_coef, step, *rest)
 
         grads, info = jax.tree.map(lambda x: x.mean(0), jax.lax.map(gradient, index))
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -387,7 +390,7 @@ def draw_rivals(key, config: Config, state: State, t):
     key_match, key_slot, key_newest = jax.random.split(key, 3)
     num, groups = config.num_matches, config.num_groups
     u = jax.random.uniform(key_match, (4, num))
-    rung = jnp.where(u[0] < 0.6, state.rung, (u[1] * (state.rung + 1)).astype(jnp.int32))
+    rung = jnp.where(u[0] < config.newest_rung, state.rung, (u[1] * (state.rung + 1)).astype(jnp.int32))
     top = rung == TOP
     any_but_easy = 1 + (u[2] * (len(NAMES) - 1)).astype(jnp.int32)
     bot = jnp.where(top, any_but_easy, jnp.asarray(NUMBERS)[rung, 5].astype(jnp.int32))
@@ -457,7 +460,8 @@ def make_train(config: Config) -> Train:
         start, bots, is_team = spread_matches((begin_levels(key_level, env, rung), rivals.bots, rivals.is_team))
         rivals = Rivals(rivals.teams, bots, is_team)
         steps, last, count = rollout(key_play, config, env, state.params, rivals, start)
-        params, opt_state, info = learn_from(key_learn, config, tx, state.params, state.opt_state, steps, last)
+        ent_coef = config.ent_coef * (1.0 - 0.9 * t / config.num_updates)
+        params, opt_state, info = learn_from(key_learn, config, tx, ent_coef, state.params, state.opt_state, steps, last)
         state = state._replace(params=params, opt_state=opt_state, key=key)
         state, scores = keep_score(config, state, rung, is_team, slot, count, t)
         env_steps = (t + 1) * config.num_matches * config.horizon
@@ -575,7 +579,7 @@ def write_results(config: Config, folder: Path) -> None:
         write_league(folder, lane, jax.tree.map(lambda x, lane=lane: x[lane], states), about | {"seed": config.seed + lane})
     if config.final_matches:
         team = jax.tree.map(lambda x: jnp.asarray(x[0]), states.params["actor"])
-        results = {bot: whole_matches(config, team, bot) for bot in NAMES}
+        results = {bot: whole_matches(config, team, bot) for bot in ("easy", "medium", "hard")}
         write_atomically(folder / "matches.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
         for bot, r in results.items():
             outcome = f"{r['won']} won, {r['drawn']} drawn, {r['lost']} lost, {r['scored']}:{r['conceded']} goals"
