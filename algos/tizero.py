@@ -21,7 +21,7 @@ Differs from the paper (2302.07515; its training code is not public, so what is 
  3. Training and league are on levels of 128 steps that end with a goal, as MADRID uses them (whole matches, 3000 steps).
  4. The ladder's rungs are this file's (ten levels; there as here a team climbs by winning, and what changes is the opponent's
     strength and where players and ball are); it climbs with time too, and goes on playing lower rungs. Bots stay at its top.
- 5. Illegal are actions that would do nothing (also others, such as shots from afar).
+ 5. Masked are actions that would do nothing, and slides without an opponent on the ball (others too, such as shots from afar).
  6. The world's checkpoint reward is added. Players begin with a liking for idling, which keeps them running where they run.
  7. The learner plays on the left: the world turns the pitch for the right team. No random actions at the start of levels, which are
     random themselves.
@@ -545,11 +545,11 @@ def league_picture(table) -> jax.Array:
     return jnp.where(jnp.isnan(share), 150.0, colour).astype(jnp.uint8)
 
 
-def one_match(team: Team, bot: str, num: int):
-    """What `play_on` takes for `num` whole matches of a team against a bot."""
-    bots = Bot(*(jnp.full(num, x) for x in BOTS[bot]))
+def against_bots(team: Team, bots: list[str], num: int):
+    """What `play_on` takes for `num` matches of a team against each of these bots, one bot after the other."""
     teams = jax.tree.map(lambda x: x[None], team)
-    return teams, Rivals(teams, bots, jnp.zeros(num, bool))
+    numbers = np.repeat(np.float32([BOTS[name] for name in bots]), num, axis=0)
+    return teams, Rivals(teams, Bot(*jnp.asarray(numbers.T)), jnp.zeros(len(numbers), bool))
 
 
 def film_match(key, config: Config, team: Team) -> jax.Array:
@@ -559,7 +559,7 @@ def film_match(key, config: Config, team: Team) -> jax.Array:
     _, state = env.reset_env(key_start, env.default_params, (1,))
 
     def frame(state, key):
-        state, _, _ = play_on(key, env, *one_match(team, "hard", 1), state, 3)
+        state, _, _ = play_on(key, env, *against_bots(team, ["hard"], 1), state, 3)
         return state, env.render(jax.tree.map(lambda x: x[..., 0], state))
 
     return jax.lax.scan(frame, state, jax.random.split(key_play, config.film_steps // 3))[1]
@@ -571,6 +571,8 @@ def film_match(key, config: Config, team: Team) -> jax.Array:
 def write_results(config: Config, folder: Path) -> None:
     """Writes FOLDER/league.npz (of the first seed; league_SEED.npz of the others), plays matches and prints what came of them."""
     path, meta = newest_good(folder / "checkpoints")
+    if meta["update"] < config.num_updates:  # the run was stopped
+        return
     seeds = jnp.arange(config.seed, config.seed + config.num_seeds)
     states = load(path, jax.eval_shape(jax.vmap(lambda seed: make_train(config).init(jax.random.key(seed))), seeds))
     about = dict(updates=meta["update"], env_steps=meta["update"] * config.num_matches * config.horizon)
@@ -579,11 +581,11 @@ def write_results(config: Config, folder: Path) -> None:
         write_league(folder, lane, jax.tree.map(lambda x, lane=lane: x[lane], states), about | {"seed": config.seed + lane})
     if config.final_matches:
         team = jax.tree.map(lambda x: jnp.asarray(x[0]), states.params["actor"])
-        results = {bot: whole_matches(config, team, bot) for bot in ("easy", "medium", "hard")}
+        results = whole_matches(config, team)
         write_atomically(folder / "matches.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
         for bot, r in results.items():
             outcome = f"{r['won']} won, {r['drawn']} drawn, {r['lost']} lost, {r['scored']}:{r['conceded']} goals"
-            print(f"{r['matches']} whole matches against the {bot} bot: {outcome}")
+            print(f"{config.final_matches} whole matches against the {bot} bot: {outcome}")
 
 
 def command_of(config: Config) -> str:
@@ -603,23 +605,25 @@ def write_league(folder: Path, lane: int, state: State, about: dict) -> None:
         save_league(folder / name, teams, [f"update {state.born[i]}" for i in order], about)
 
 
-def whole_matches(config: Config, team: Team, bot: str) -> dict:
-    """`final_matches` matches of match_steps steps from kick-off."""
+def whole_matches(config: Config, team: Team, bots=("easy", "medium", "hard")) -> dict:
+    """`final_matches` matches of match_steps steps, from kick-off, against each bot: how they ended, and the goals."""
     env, num = Football(end_on_score=False, max_steps_in_episode=config.match_steps), config.final_matches
     key_start, key_play = jax.random.split(jax.random.key(config.seed))
 
     @jax.jit
-    def go():
-        _, state = env.reset_env(key_start, env.default_params, (num,))
-        return play_on(key_play, env, *one_match(team, bot, num), state, config.match_steps)[1]
+    def go(team):
+        _, state = env.reset_env(key_start, env.default_params, (num * len(bots),))
+        return play_on(key_play, env, *against_bots(team, bots, num), state, config.match_steps)[1]
 
-    ours, theirs = np.asarray(go())
-    won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
-    return dict(matches=num, won=won, drawn=num - won - lost, lost=lost, scored=int(ours.sum()), conceded=int(theirs.sum()))
+    results = {}
+    for name, (ours, theirs) in zip(bots, np.asarray(go(team)).reshape(2, len(bots), num).swapaxes(0, 1), strict=True):
+        won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+        results[name] = dict(won=won, drawn=num - won - lost, lost=lost, scored=int(ours.sum()), conceded=int(theirs.sum()))
+    return results
 
 
 def main(config: Config) -> None:
-    """Trains, then writes the league."""
+    """Trains, then writes the league and plays whole matches."""
     run(config, make_train, highlights=("rung", "won"))
     write_results(config, Path(config.out) if config.out else new_or_newest(Path("runs") / "tizero", True))
 

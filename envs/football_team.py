@@ -54,8 +54,8 @@ def apply_team(params: Team, whole, own) -> jax.Array:
 
 
 def legal_actions(whole, own) -> jax.Array:
-    """Which actions would do something (19, 10, ...) bool: kicks and dribbling only with the ball, a slide only when the other team
-    has it, to stop only what one does. The world takes the others for idling; without them there is less to try."""
+    """Which actions a player chooses from (19, 10, ...) bool: kicks and dribbling only with the ball, to stop only what he does,
+    which the world takes for idling where they are not; and a slide only when the other team has the ball."""
     runs, sprints, dribbles = (own[6] != 0) | (own[7] != 0), own[8] > 0, own[9] > 0
     has, theirs = own[14] > 0, (whole[96] > 0)[None]
     always, kicks = jnp.ones_like(has), has & (own[15] == 0)
