@@ -40,7 +40,7 @@ import numpy as np
 import optax
 
 from common.checkpoint import load, newest_good, write_atomically
-from common.config import RunConfig, as_dict, cli, require, require_multiple, require_range
+from common.config import RunConfig, as_dict, cli, method_name, require, require_multiple, require_range
 from common.devices import shard_batch
 from common.files import NOT_COMPARED, code_commit, new_or_newest
 from common.nn import orthogonal
@@ -625,7 +625,7 @@ def whole_matches(config: Config, team: Team, bots=("easy", "medium", "hard")) -
 def main(config: Config) -> None:
     """Trains, then writes the league and plays whole matches."""
     run(config, make_train, highlights=("rung", "won"))
-    write_results(config, Path(config.out) if config.out else new_or_newest(Path("runs") / "tizero", True))
+    write_results(config, Path(config.out) if config.out else new_or_newest(Path("runs") / method_name(), True))
 
 
 if __name__ == "__main__":
