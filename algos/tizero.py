@@ -92,16 +92,16 @@ class Config(RunConfig):
     """Rewards beside the goals' 1, those of the other team subtracted: for the world's checkpoints, ten of 0.1;"""
     pass_coef: float = 0.01
     """for a pass that arrives;"""
-    hold_coef: float = 1e-4
+    hold_coef: float = 2e-3
     """for a step with the ball;"""
-    crowd_coef: float = 1e-3
-    """lost for a step in which ten pairs of team-mates are within 3 m;"""
-    out_coef: float = 1e-3
+    crowd_coef: float = 2e-3
+    """lost for a step in which ten pairs of team-mates are within 5 m;"""
+    out_coef: float = 5e-3
     """and for a restart given to the others."""
 
-    ladder_share: float = 0.4
+    ladder_share: float = 0.5
     """The part of training after which the ladder's top is reached at the latest."""
-    newest_rung: float = 0.7
+    newest_rung: float = 0.75
     """Share of the matches on the rung that is reached; the others are on any up to it."""
     climb_at: float = 0.65
     """The share of decided levels to win before the next rung."""
@@ -109,7 +109,7 @@ class Config(RunConfig):
     """The part of training after which opponents are drawn by how hard they are to beat."""
     newest_share: float = 0.8
     """Share of the league's matches that are against the newest self, until then."""
-    bot_share: float = 0.4
+    bot_share: float = 0.5
     """Share of the matches at the ladder's top that bots play."""
     num_groups: int = 16
     """Groups of matches; each has one opponent of the league."""
@@ -207,7 +207,7 @@ LADDER = (
     Rung(10, 10, True, 0.0, 0.9, "medium", 0.05),
     Rung(10, 10, True, -0.9, 0.9, "medium", 0.05),
     Rung(10, 10, True, -0.9, 0.9, "hard", 0.05),
-    Rung(10, 10, True, -0.9, 0.9, "hard", 1.0),  # the top: the league, and all bots but the easy one
+    Rung(10, 10, True, -0.9, 0.9, "hard", 1.0),  # the top: the league, the hard bot, and all bots but the easy one
 )
 TOP = len(LADDER) - 1
 NAMES = ("easy", "medium", "hard", "dribbler", "passer")
@@ -267,9 +267,9 @@ def world_params(rivals: Rivals, num_steps: int) -> FootballParams:
 
 
 def crowding(state: FootballState) -> jax.Array:
-    """Tens of pairs of a team's players within 3 m of each other (2, B)."""
+    """Tens of pairs of a team's players within 5 m of each other (2, B)."""
     x, y, on = state.x[:, 1:], state.y[:, 1:], state.active[:, 1:]
-    near = (x[:, :, None] - x[:, None]) ** 2 + (y[:, :, None] - y[:, None]) ** 2 < 9.0
+    near = (x[:, :, None] - x[:, None]) ** 2 + (y[:, :, None] - y[:, None]) ** 2 < 25.0
     return ((near & on[:, :, None] & on[:, None]).sum((1, 2)) - on.sum(1)) / 20.0
 
 
@@ -389,11 +389,12 @@ def draw_rivals(key, config: Config, state: State, t):
     """-> each match's rung (B,), Rivals, and each group's place in the league (G,), -1 for the newest self."""
     key_match, key_slot, key_newest = jax.random.split(key, 3)
     num, groups = config.num_matches, config.num_groups
-    u = jax.random.uniform(key_match, (4, num))
+    u = jax.random.uniform(key_match, (5, num))
     rung = jnp.where(u[0] < config.newest_rung, state.rung, (u[1] * (state.rung + 1)).astype(jnp.int32))
     top = rung == TOP
     any_but_easy = 1 + (u[2] * (len(NAMES) - 1)).astype(jnp.int32)
-    bot = jnp.where(top, any_but_easy, jnp.asarray(NUMBERS)[rung, 5].astype(jnp.int32))
+    at_top = jnp.where(u[4] < 0.5, NAMES.index("hard"), any_but_easy)
+    bot = jnp.where(top, at_top, jnp.asarray(NUMBERS)[rung, 5].astype(jnp.int32))
     generalise = t >= config.generalise_from * config.num_updates
     weight = opponent_weights(state.born, state.points, generalise)
     slot = jax.random.categorical(key_slot, jnp.log(weight + 1e-9), shape=(groups,))

@@ -148,10 +148,10 @@ def info_of(**true):
 
 def test_rewards_are_the_teams_difference():
     state = begin_levels(jax.random.key(0), ENV, jnp.array([0]))  # three attackers and a keeper on the left, nobody on the right
-    x, y = state.x.at[0, 1:4, 0].set(jnp.array([0.0, 2.0, 4.0])), state.y.at[0, 1:4, 0].set(0.0)
+    x, y = state.x.at[0, 1:4, 0].set(jnp.array([0.0, 2.0, 6.0])), state.y.at[0, 1:4, 0].set(0.0)
     state, none = state._replace(x=x, y=y), jnp.zeros((2, 1))
     config = replace(SMALL, checkpoint_coef=0.5, pass_coef=0.1, hold_coef=0.01, crowd_coef=1.0, out_coef=0.2)
-    crowd = -0.2  # two pairs are 2 m apart, one 4 m
+    crowd = -0.2  # two pairs are within 5 m, one is not
     reward = lambda rings=none, **true: float(team_reward(config, state, info_of(**true), rings)[0])
     assert reward() == pytest.approx(crowd)
     assert reward(goal=0) == pytest.approx(crowd + 1) and reward(goal=1) == pytest.approx(crowd - 1)
