@@ -25,11 +25,7 @@ Differs from the paper (2302.07515; its training code is not public, so what is 
  6. The world's checkpoint reward is added. Players begin with a liking for idling, which keeps them running where they run.
  7. The learner plays on the left: the world turns the pitch for the right team. No random actions at the start of levels, which are
     random themselves.
- 8. With the cpu preset the hard bot is a teacher: for the first part of training a loss imitates what it would do in the learner's
-    place, with a weight that falls to nothing (kickstarting, 1803.03835). --teach-coef 0, as with the paper's preset, goes without:
-    the paper's teams learn from scratch.
- 9. Rewards of a step are larger, so that they weigh in a level of 128 steps what the paper's weigh in a match of 3000.
-10. One computer's rollout and learning in turn (distributed actors and learners for 45 days).
+ 8. One computer's rollout and learning in turn (distributed actors and learners for 45 days).
 """
 
 import json
