@@ -79,10 +79,6 @@ class Config(RunConfig):
     """Parts of a pass, each some of the steps of all matches."""
     clip_eps: float = 0.2
     """PPO's clipping."""
-    teach_coef: float = 0.0
-    """Weight of the loss that imitates the hard bot (kickstarting, 1803.03835) at the start."""
-    teach_share: float = 0.4
-    """The part of training after which that weight has fallen to nothing."""
     ent_coef: float = 0.003
     """Weight of the entropy (of the team with the joint ratio, else of a player) at the start; it falls to a tenth."""
     vf_coef: float = 0.5
@@ -103,7 +99,7 @@ class Config(RunConfig):
     out_coef: float = 5e-3
     """and for a restart given to the others."""
 
-    ladder_share: float = 0.3
+    ladder_share: float = 0.5
     """The part of training after which the ladder's top is reached at the latest."""
     newest_rung: float = 0.75
     """Share of the matches on the rung that is reached; the others are on any up to it."""
@@ -138,11 +134,8 @@ class Config(RunConfig):
         require(self.film_steps >= 3, f"--film-steps {self.film_steps}: must be at least 3")
         require(self.lr > 0, f"--lr {self.lr}: must be positive")
         require_range(self, 0, 1, "gamma", "gae_lambda", "climb_at", "newest_rung", "newest_share")
-        require_range(self, 0, 1, "bot_share", "generalise_from")
-        for name in ("ladder_share", "teach_share"):
-            require(
-                0 < getattr(self, name) <= 1, f"--{name.replace('_', '-')} {getattr(self, name):g}: must be positive, at most 1"
-            )
+        require_range(self, 0, 1, "bot_share", "ladder_share", "generalise_from")
+        require(self.ladder_share > 0, "--ladder-share 0: must be positive")
         require_multiple(self, "horizon", "num_minibatches")
         require_multiple(self, "num_matches", "num_groups")
         require_multiple(self, "num_updates", "league_size")
@@ -154,7 +147,7 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
 PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
-CPU = Config(preset="cpu", num_updates=800, teach_coef=1.0, log_every=5, eval_every=100, save_every=100)
+CPU = Config(preset="cpu", num_updates=1000, log_every=5, eval_every=125, save_every=125)
 
 
 class State(NamedTuple):
@@ -259,14 +252,12 @@ def by_groups(teams: Team, whole, own) -> jax.Array:
     return logits.reshape(*logits.shape[:2], -1)
 
 
-def rivals_act(key, rivals: Rivals, state: FootballState, left) -> tuple[jax.Array, jax.Array]:
-    """Actions (10, B), and what the hard bot would do in the learner's place (10, B). `left`: the share of a level that is left."""
+def rivals_act(key, rivals: Rivals, state: FootballState, left) -> jax.Array:
+    """Actions (10, B); `left`: the share of the level that is left."""
     key_team, key_bot = jax.random.split(key)
     by_team, _ = sample_actions(key_team, by_groups(rivals.teams, *views(state, left, 1)))
-    teacher = BOTS["hard"]._replace(sleep=0.0)
-    both = Bot(*(jnp.stack([jnp.full_like(x, y), x]) for x, y in zip(rivals.bots, teacher, strict=True)))
-    taught, by_bot = jnp.split(bot_actions(key_bot, state, both), 2)
-    return jnp.where(rivals.is_team, by_team, by_bot), taught
+    both = Bot(*(jnp.stack([x, x]) for x in rivals.bots))
+    return jnp.where(rivals.is_team, by_team, bot_actions(key_bot, state, both)[10:])
 
 
 def world_params(rivals: Rivals, num_steps: int) -> FootballParams:
@@ -297,7 +288,6 @@ class TeamStep(NamedTuple):
     own: jax.Array  # (34, 10)
     active: jax.Array  # (10,) bool
     action: jax.Array  # (10,) int8
-    taught: jax.Array  # (10,) int8: what the hard bot would have done
     log_prob: jax.Array  # (10,)
     value: jax.Array
     reward: jax.Array
@@ -316,16 +306,14 @@ def rollout(key, config: Config, env: Football, params: dict, rivals: Rivals, st
         whole, own = views(state, left)
         active = state.active[0, 1:]
         action, log_prob = sample_actions(key_act, apply_team(params["actor"], whole, own))
-        theirs, taught = rivals_act(key_rival, rivals, state, left)
-        actions = jnp.concatenate([action, theirs])
+        actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state, left)])
         _, state, _, terminated, info = env.step_env(key_env, state, actions, world)
         extra, rings = checkpoints(state, info["goal"].astype(jnp.float32))
         done = terminated | (state.time >= config.horizon)
         reward, value = team_reward(config, state, info, extra), critic(params["critic"], whole, active)
         state = jax.tree.map(lambda first, now: jnp.where(done, first, now), start, state._replace(rings=rings))
         count = count + jnp.stack([done, info["goal"][0], info["goal"][1]])
-        kept = TeamStep(whole, own, active, action.astype(jnp.int8), taught.astype(jnp.int8), log_prob, value, reward, done)
-        return (state, count), kept
+        return (state, count), TeamStep(whole, own, active, action.astype(jnp.int8), log_prob, value, reward, done)
 
     count = jnp.zeros((3, *start.time.shape), jnp.int32)
     (state, count), steps = jax.lax.scan(step, (start, count), jax.random.split(key, config.horizon))
@@ -352,24 +340,21 @@ def surrogate(log_ratio, adv, active, clip_eps: float, joint: bool):
     return -(weight * least).sum(0).mean(), (weight * outside).sum(0).mean()
 
 
-def loss_fn(params: dict, config: Config, coefs, step: TeamStep, adv, target):
-    """The loss of one step of B matches, and diagnostics. `coefs`: the weights of entropy and imitation now."""
+def loss_fn(params: dict, config: Config, ent_coef, step: TeamStep, adv, target):
+    """The loss of one step of B matches, and diagnostics."""
     joint, on = config.ratio == "joint", step.active.astype(jnp.float32)
     log_probs = jax.nn.log_softmax(apply_team(params["actor"], step.whole, step.own), axis=0)
-    chosen = lambda action: jnp.where(np.arange(NUM_ACTIONS)[:, None, None] == action, log_probs, 0.0).sum(0)
-    log_prob = chosen(step.action)
+    log_prob = jnp.where(np.arange(NUM_ACTIONS)[:, None, None] == step.action, log_probs, 0.0).sum(0)
     policy_loss, clipped = surrogate(log_prob - step.log_prob, adv, step.active, config.clip_eps, joint)
     value_loss = 0.5 * ((critic(params["critic"], step.whole, step.active) - target) ** 2).mean()
     each = -(jnp.exp(log_probs) * log_probs).sum(0) * on
     entropy = each.sum() / on.sum()
     bonus = each.sum(0).mean() if joint else entropy
-    imitation = -(jnp.maximum(chosen(step.taught), -20.0) * on).sum() / on.sum()  # some of the bot's actions are masked
-    loss = policy_loss + config.vf_coef * value_loss - coefs[0] * bonus + coefs[1] * imitation
-    info = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "clip_fraction": clipped}
-    return loss, info | {"imitation": imitation}
+    loss = policy_loss + config.vf_coef * value_loss - ent_coef * bonus
+    return loss, {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy, "clip_fraction": clipped}
 
 
-def learn_from(key, config: Config, tx, coefs, params: dict, opt_state, steps: TeamStep, last):
+def learn_from(key, config: Config, tx, ent_coef, params: dict, opt_state, steps: TeamStep, last):
     """PPO's passes over a rollout -> params, opt_state, mean diagnostics. A minibatch is some of the time steps; the gradients of
     its steps are taken one after another, so that what a step needs stays in the processor's cache."""
     adv, target = gae(steps.reward, steps.value, steps.done, last, config.gamma, config.gae_lambda)
@@ -380,7 +365,7 @@ def learn_from(key, config: Config, tx, coefs, params: dict, opt_state, steps: T
 
         def gradient(i):
             step, *rest = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), (steps, adv, target))
-            return jax.grad(loss_fn, has_aux=True)(params, config, coefs, step, *rest)
+            return jax.grad(loss_fn, has_aux=True)(params, config, ent_coef, step, *rest)
 
         grads, info = jax.tree.map(lambda x: x.mean(0), jax.lax.map(gradient, index))
         updates, opt_state = tx.update(grads, opt_state, params)
@@ -476,9 +461,8 @@ def make_train(config: Config) -> Train:
         start, bots, is_team = spread_matches((begin_levels(key_level, env, rung), rivals.bots, rivals.is_team))
         rivals = Rivals(rivals.teams, bots, is_team)
         steps, last, count = rollout(key_play, config, env, state.params, rivals, start)
-        done = t / config.num_updates
-        coefs = config.ent_coef * (1.0 - 0.9 * done), config.teach_coef * jnp.maximum(1.0 - done / config.teach_share, 0.0)
-        params, opt_state, info = learn_from(key_learn, config, tx, coefs, state.params, state.opt_state, steps, last)
+        ent_coef = config.ent_coef * (1.0 - 0.9 * t / config.num_updates)
+        params, opt_state, info = learn_from(key_learn, config, tx, ent_coef, state.params, state.opt_state, steps, last)
         state = state._replace(params=params, opt_state=opt_state, key=key)
         state, scores = keep_score(config, state, rung, is_team, slot, count, t)
         env_steps = (t + 1) * config.num_matches * config.horizon
@@ -506,7 +490,7 @@ def play_on(key, env: Football, teams: Team, rivals: Rivals, start: FootballStat
         key_act, key_rival, key_env = jax.random.split(key, 3)
         left = 1.0 - state.time / env.max_steps
         action, _ = sample_actions(key_act, by_groups(teams, *views(state, left)))
-        actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state, left)[0]])
+        actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state, left)])
         _, state, _, _, info = env.step_env(key_env, state, actions, params)
         first = jnp.where(first.any(0), first, info["goal"])
         return (state, goals + info["goal"], first), None
