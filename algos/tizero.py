@@ -25,7 +25,8 @@ Differs from the paper (2302.07515; its training code is not public, so what is 
  6. The world's checkpoint reward is added. Players begin with a liking for idling, which keeps them running where they run.
  7. The learner plays on the left: the world turns the pitch for the right team. No random actions at the start of levels, which are
     random themselves.
- 8. One computer's rollout and learning in turn (distributed actors and learners for 45 days).
+ 8. Rewards of a step are larger, so that they weigh in a level of 128 steps what the paper's weigh in a match of 3000.
+ 9. One computer's rollout and learning in turn (distributed actors and learners for 45 days).
 """
 
 import json
@@ -99,7 +100,7 @@ class Config(RunConfig):
     out_coef: float = 5e-3
     """and for a restart given to the others."""
 
-    ladder_share: float = 0.5
+    ladder_share: float = 0.3
     """The part of training after which the ladder's top is reached at the latest."""
     newest_rung: float = 0.75
     """Share of the matches on the rung that is reached; the others are on any up to it."""
@@ -147,7 +148,7 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
 PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
-CPU = Config(preset="cpu", num_updates=1000, log_every=5, eval_every=125, save_every=125)
+CPU = Config(preset="cpu", num_updates=1600, log_every=5, eval_every=200, save_every=200)
 
 
 class State(NamedTuple):

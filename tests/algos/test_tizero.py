@@ -123,7 +123,7 @@ def score(config, state, won, lost, t=0):
 
 
 def test_a_rung_is_left_when_it_is_mastered_or_its_time_is_over():
-    config = replace(SMALL, num_updates=4000, climb_at=0.6)
+    config = replace(SMALL, num_updates=4000, climb_at=0.6, ladder_share=0.4)
     good = state_of(config, rates=jnp.array([0.9, 0.0]))
     assert score(config, good, 0.9, 0.0).rung == 1
     assert (score(config, good, 0.9, 0.0).rates == 0).all(), "the next rung begins with its own means"
@@ -131,7 +131,7 @@ def test_a_rung_is_left_when_it_is_mastered_or_its_time_is_over():
     assert score(config, weak, 0.5, 0.0).rung == 0  # a running mean: one good update is not enough
     beaten = state_of(config, rates=jnp.array([0.5, 0.45]), rung=jnp.int32(3))
     assert score(config, beaten, 0.5, 0.45).rung == 3  # many goals, but too many of the others
-    assert score(config, weak, 0.0, 0.0, t=1599).rung == TOP  # ladder_share 0.4
+    assert score(config, weak, 0.0, 0.0, t=1599).rung == TOP
     assert score(config, weak, 0.0, 0.0, t=800).rung == TOP // 2
     assert score(config, state_of(config, rung=jnp.int32(TOP)), 1.0, 0.0).rung == TOP
 
