@@ -9,10 +9,12 @@ Run:     python algos/tizero.py         (--ratio independent for PPO's ratio of 
 
 Paper:   --preset paper
 
-Expect:  TODO
+Expect:  30,000 steps of training a CPU-second. After 19 M steps (580 updates, seed 0, an earlier commit) the newest team won 0.82 of
+         the levels that were decided against the easy bot, 0.40 against the medium one, 0.31 against the hard one (800 each)
 
 A run's league is in league.npz (`load_league` of envs/football_team.py reads it); matches.json tells how whole matches against the
-bots ended. The league that is shipped, envs/data/football_league.npz, is the league.npz of the command above.
+bots ended. The league that is shipped is envs/data/football_league.npz; how it was made is in its `meta`, and a run's league.npz
+can take its place.
 
 Differs from the paper (2302.07515; its training code is not public, so what is not in the paper is chosen here):
  1. The world is envs/football.py, not the Google Research Football engine, and the bots are envs/football_bots.py's.

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.checkpoint import save
+from common.checkpoint import read_meta, save
 from common.config import UsageError
 from envs.football import Football, FootballParams
 from envs.football_state import DRIBBLE, HIGH, LONG, SHORT, SHOT, SLIDE, SPRINT, STOP, STOP_DRIBBLE, STOP_SPRINT
@@ -16,6 +16,7 @@ from envs.football_team import (
     load_league,
     sample_actions,
     save_league,
+    shipped_league,
     team_actions,
     team_logits,
     views,
@@ -143,6 +144,13 @@ def test_a_league_comes_back_as_it_was(tmp_path):
         assert y.dtype == np.float32
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)  # float16
     assert path.stat().st_size < 3 * 2 * sum(x[0].size for x in teams) + 8192
+
+
+def test_the_shipped_league_is_small_and_whole():
+    teams, names = load_league()
+    assert len(names) == len(teams.whole) >= 2 and shipped_league().stat().st_size < 2**20
+    meta = read_meta(shipped_league())
+    assert meta["command"].startswith("python algos/tizero.py") and meta["commit"]
 
 
 def spoilt(teams):
