@@ -105,10 +105,10 @@ def sample_actions(key, logits):
 def shipped_league() -> Path:
     """The league that comes with this repository; made by the command in its `meta`."""
     found = find_spec("envs")
-    folder = Path(next(iter(found.submodule_search_locations))) if found else Path()
-    path = folder / "data" / LEAGUE_FILE
-    require(path.is_file(), f"{path}: there is no such league; python algos/tizero.py makes one")
-    return path
+    paths = [Path(folder) / "data" / LEAGUE_FILE for folder in (found.submodule_search_locations if found else ())]
+    there = [path for path in paths if path.is_file()]
+    require(bool(there), f"envs/data/{LEAGUE_FILE} is not there; python algos/tizero.py makes a league")
+    return there[0]
 
 
 def save_league(path: Path, params: Team, names: list[str], meta: dict) -> None:
