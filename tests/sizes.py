@@ -7,3 +7,4 @@ OWN = {"genie": dict(data="dots")}  # a setting that another method has in anoth
 SIZES |= dict(size=16, lam_patch=8, num_frames=5, prompt_frames=1, num_codes=16, code_dim=8, heads=2, ffn=2)
 SIZES |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_width=16, dynamics_width=16, maskgit_steps=2)
 SIZES |= dict(encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1, eval_clips=4, warmup=1, tokenizer_warmup=1)
+OWN |= {"tizero": dict(num_matches=8, num_groups=2, horizon=8, league_size=2, eval_matches=2, film_steps=3, final_matches=0)}
