@@ -370,7 +370,7 @@ def make_cma(config: Config) -> Cma:
     return Cma(strategy, strategy.default_params.replace(std_init=config.sigma))
 
 
-def restart(key, cma: Cma, archive: Archive, config: Config):
+def restart_emitters(key, cma: Cma, archive: Archive, config: Config):
     """All emitters (M, E) anew, each about an elite of its reference drawn at random."""
     key_elite, key_init = jax.random.split(key)
     shape = (archive.fitness.shape[0], config.num_emitters)
@@ -404,7 +404,7 @@ def tell(key, cma: Cma, state, children, rank, taken, archive: Archive, config: 
     split = lambda x: x.reshape(*shape, -1, *x.shape[2:])
     tell_one = jax.vmap(jax.vmap(cma.strategy.tell, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))
     told, _ = tell_one(jax.random.split(key_tell, shape), split(children), split(rank), state, cma.params)
-    state = jax.vmap(jax.vmap(select))(split(taken).any(2), told, restart(key_restart, cma, archive, config))
+    state = jax.vmap(jax.vmap(select))(split(taken).any(2), told, restart_emitters(key_restart, cma, archive, config))
     return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
 
@@ -421,7 +421,7 @@ def make_train(config: Config) -> Train:
         number = jax.ShapeDtypeStruct((), jnp.float32)
         like = Elite(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((LEVEL_SIZE,), (2,), (2,))), number)
         archive = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_refs, *x.shape)), init_archive(like, CELLS, 2))
-        return State(archive, restart(key, cma, archive, config) if cma else (), key)
+        return State(archive, restart_emitters(key, cma, archive, config) if cma else (), key)
 
     def update(state: State, t):
         """One iteration (Algorithm 3). The first one's levels are random."""
@@ -509,7 +509,7 @@ def evaluate(config: Config, players: Players, state: State) -> dict:
 
 def pitch_maps(values, pixels: int = 6, columns: int = 5) -> jax.Array:
     """Maps of the pitch, one a reference (M, 160), -1 blue to 1 red, grey where nothing is known: (H, W, 3) uint8."""
-    num = values.shape[0]
+    num, columns = values.shape[0], min(columns, values.shape[0])
     tiles = jnp.pad(values, ((0, -num % columns), (0, 0)), constant_values=jnp.nan).reshape(-1, *GRID).swapaxes(1, 2)
     x = jnp.clip(jnp.repeat(jnp.repeat(tiles, pixels, 1), pixels, 2), -1, 1)[..., None]
     red, white, blue = (np.float32(c) for c in ([190, 30, 40], [248, 246, 240], [40, 80, 180]))
