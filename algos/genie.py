@@ -23,6 +23,8 @@ Differs from the paper (its own way in brackets; the `cpu` preset also changes t
  5. With probability `clean_context` a clip's frames before a random one are unmasked, as they are when it is played (0).
  6. Frames within a clip are not masked at frame 1 (as the paper) and the loss is on masked tokens only (not given).
  7. t = 4 counts generated frames, after a prompt of `prompt_frames`; random codes are uniform; PSNR is averaged in dB over clips.
+ 8. The latent action model's error is divided by the variance of what it sees (not given): on plain pictures the codebook's terms
+    would outweigh it, and all changes share a code.
 """
 
 from collections.abc import Callable
@@ -338,12 +340,15 @@ def lam_view(params, frames, config: Config) -> jax.Array:
 
 
 def lam_loss(params, x, config: Config):
-    """The decoder's squared error, and the codebook's terms -> loss, (metrics, codes (B, T - 1, code_dim), indices, outputs)."""
+    """The decoder's squared error over the variance, and the codebook's terms.
+
+    -> loss, (metrics, codes (B, T - 1, code_dim), indices, outputs of the encoder).
+    """
     e = infer_actions(params, x, config)
     q, index, codebook, commit = quantise(params["codebook"], e)
     error = ((predict_next(params, x[:, :-1], q, config) - x[:, 1:]) ** 2).mean()
     metrics = {"lam_loss": error, "lam_perplexity": perplexity(index, config.num_actions), "lam_commit": commit}
-    return error + codebook + config.beta * commit, (metrics, q, index, e)
+    return error / x.var() + codebook + config.beta * commit, (metrics, q, index, e)
 
 
 # --- dynamics (section 2.1)

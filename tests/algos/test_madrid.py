@@ -120,7 +120,7 @@ def test_flaws_change_the_targets_actions_alone():
 def test_cells():
     """20 along the pitch, 8 across it; what lies outside belongs to the edge."""
     level = levels_at((-0.9, -0.4), (-0.9, 0.4), (0.9, 0.4), (0.0, 0.0), (-0.82, -0.29), (2.0, -2.0))
-    assert cell_of(level).tolist() == [0, 7, 159, 10 * 8 + 4, 0, 152]
+    assert cell_of(level).tolist() == [0, 7, 159, 10 * 8 + 4, 1, 152]
 
 
 def test_ties_and_whole_elites():
