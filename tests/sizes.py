@@ -11,5 +11,5 @@ SIZES |= dict(tokenizer_updates=2, tokenizer_batch=4, tokenizer_width=16, lam_wi
 SIZES |= dict(encoder_blocks=1, decoder_blocks=1, lam_blocks=1, dynamics_blocks=1, eval_clips=4, warmup=1, tokenizer_warmup=1)
 OWN |= {"tizero": dict(num_matches=8, num_groups=2, horizon=8, league_size=2, eval_matches=2, film_steps=3, final_matches=0)}
 SMALL_LEAGUE = str(Path(__file__).parent / "data" / "small_league.npz")  # three random teams, four units wide
-OWN |= {"madrid": dict(league=SMALL_LEAGUE, references=("league", "hard"), num_checkpoints=1, candidates=8, repeats=2, duels=2)}
-OWN["madrid"] |= dict(horizon=4, final_repeats=2, chunk=16, num_emitters=2)
+OWN |= {"madrid": dict(league=SMALL_LEAGUE, references=("league",), num_checkpoints=1, candidates=8, repeats=2, duels=2)}
+OWN["madrid"] |= dict(horizon=4, final_repeats=2, chunk=16, emitter="cma", num_emitters=2)

@@ -30,7 +30,7 @@ VARIANTS += [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper"
 VARIANTS += [("shaper_nplayer", {"num_shapers": 2, "repair": True})]
 VARIANTS += [("plr", {"robust": False}), ("plr", {"parallel": True}), ("accel", {"parallel": True})]
 VARIANTS += [("paired", {"score": "population_regret", "num_students": 3}), ("paired", {"score": "neg_return", "num_students": 1})]
-VARIANTS += [("mix_me", {"emitter": "cma_me"}), ("tizero", {"ratio": "independent"}), ("madrid", {"emitter": "cma"})]
+VARIANTS += [("mix_me", {"emitter": "cma_me"})]
 SHOWN = {
     "shaper": ("eval_shaper", None),
     "lola": ("eval_welfare", None),
