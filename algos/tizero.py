@@ -9,8 +9,8 @@ Run:     python algos/tizero.py         (--ratio independent for PPO's ratio of 
 
 Paper:   --preset paper
 
-Expect:  30,000 steps of training a CPU-second. After 19 M steps (580 updates, seed 0, commit bf02ded) the newest team won 0.82 of
-         the levels that were decided against the easy bot, 0.40 against the medium one, 0.31 against the hard one (800 each)
+Expect:  not measured with these settings. With those of commit bf02ded, after 19 M steps (580 updates, seed 0), the newest team won
+         0.82 of the levels decided against the easy bot, 0.40 against the medium one, 0.31 against the hard one (800 each)
 
 A run's league is in league.npz (`load_league` of envs/football_team.py reads it); matches.json tells how whole matches against the
 bots ended. The league that is shipped is envs/data/football_league.npz; how it was made is in its `meta`, and a run's league.npz
