@@ -188,7 +188,7 @@ class Config(RunConfig):
 
 PAPER = Config(num_seeds=3, log_every=1000, eval_every=10_000, save_every=10_000, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=2, num_updates=4000, pretrain_updates=3500, finetune_updates=200, log_every=50, eval_every=4000,
+    PAPER, preset="cpu", num_seeds=2, num_updates=7500, pretrain_updates=7000, finetune_updates=200, log_every=50, eval_every=7500,
     save_every=100, priors=(0.999, 0.5), correlations=(0.0, 1.0), finetune_lrs=(1e-3, 3e-4, 1e-4), mixing=(), random_labels=False,
     jailbreak=(), lr=3e-3, batch_size=32, answer_weight=1.0, width=48, layers=3, heads=4, length=40, window=16, occurrence=2,
     models_at_once=0, eval_size=256, probe_size=1024, probe_updates=600, eval_stories=32,
