@@ -248,7 +248,7 @@ def test_the_study_on_stories_fills_its_log():
     ("changes", "words"),
     [
         (dict(priors=(0.6,)), "--priors"),
-        (dict(pretrain_updates=4900), "leaves -1100 steps"),
+        (dict(num_updates=4000, pretrain_updates=4900), "leaves -1100 steps"),
         (dict(heads=5), "--width 48"),
         (dict(window=41), "--window 41"),
         (dict(correlations=(1.5,)), "--correlations"),
