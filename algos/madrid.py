@@ -11,7 +11,7 @@ Run:     python algos/madrid.py                   (the target: the last team of 
 
 Paper:   --preset paper
 
-Expect:  regret_again, the elites' mean regret with fresh luck; see results/madrid/ where it has been measured
+Expect:  not measured yet; look at regret_again, the elites' mean regret with fresh luck, not at regret, the archive's own estimate
 
 A run leaves arrays/ (levels, regret, regret_again; leading axes: seed, reference, cell), pictures of the regret over the pitch, a
 column a reference in the order given (the archive's estimates above, with fresh luck below), of where elites' players stand, of
@@ -22,8 +22,9 @@ Differs from the paper (2401.13460; its code is not public):
  2. Cells: 20 x 8 places of the ball (160 uniform ones, shape not stated).
  3. In the cpu preset 8 repeats, not 4, and duels: a child that beats an elite and that elite both play again, the repeats are
     pooled, and the pooled means decide. `--preset paper` has 4 repeats and no duels.
- 4. Emitters: Algorithm 3's Gaussian by default; `--emitter cma` for CMA-ME as in its experiments, on evosax's separable CMA-ES (a
-    full covariance needs LAPACK in a batched loop, which can hang on CPU), ranked by improvement, children in new cells first.
+ 4. Emitters: Algorithm 3's Gaussian in the cpu preset; in `--preset paper`, or with `--emitter cma`, CMA-ME as in the paper's
+    experiments, but on evosax's separable CMA-ES (a full covariance needs LAPACK in a batched loop, which can hang on CPU), and
+    ranked by improvement, children in new cells first.
  5. `--method random` keeps the newest level of each cell whatever its regret, so that it is averaged over the same cells.
 """
 
@@ -35,7 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.archive import Archive, filled, grid_cell, init_archive, insert, sample_filled
+from common.archive import Archive, filled, grid_cell, improvement_rank, init_archive, insert, sample_filled
 from common.config import RunConfig, cli, require, require_multiple
 from common.devices import shard_batch
 from common.env import select
@@ -115,10 +116,10 @@ class Config(RunConfig):
         return 2 if self.repeats % 2 == self.final_repeats % 2 == 0 else 1
 
 
-PAPER = Config(log_every=50, eval_every=1000, save_every=500, preset="paper")
+PAPER = Config(emitter="cma", log_every=50, eval_every=1000, save_every=500, preset="paper")
 CPU = replace(
     PAPER, preset="cpu", num_seeds=2, num_updates=30, log_every=1, eval_every=30, save_every=10,
-    candidates=32, repeats=8, duels=8, num_checkpoints=7,
+    emitter="gaussian", candidates=32, repeats=8, duels=8, num_checkpoints=7,
 )  # fmt: skip
 
 
@@ -388,13 +389,6 @@ def ask(key, cma: Cma, state, config: Config):
     children, state = ask_one(jax.random.split(key, shape), state, cma.params)
     bounds = np.tile(np.float32([0.9, 0.4]), 21)
     return jnp.clip(children, -bounds, bounds).reshape(shape[0], config.candidates, LEVEL_SIZE), state
-
-
-def improvement_rank(fitness, held) -> jax.Array:
-    """The place (B,) of each child: those that fill an empty cell first, by fitness; then by fitness - the holder's (held)."""
-    gain = jnp.where(held > -jnp.inf, fitness - held, fitness)
-    order = jnp.lexsort((-gain, held > -jnp.inf))
-    return jnp.zeros(len(order)).at[order].set(jnp.arange(len(order), dtype=jnp.float32))
 
 
 def tell(key, cma: Cma, state, children, rank, taken, archive: Archive, config: Config):

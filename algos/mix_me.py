@@ -42,6 +42,7 @@ from common.archive import (
     filled,
     grid_cell,
     grid_centroids,
+    improvement_rank,
     init_archive,
     insert,
     max_fitness,
@@ -389,13 +390,6 @@ def ask(key, cma: CmaMe, state, config: Config):
     keys = jax.random.split(key, config.num_emitters)
     children, state = jax.vmap(cma.strategy.ask, (0, 0, None))(keys, state, cma.params)
     return children.reshape(config.batch_size, *children.shape[2:]), state
-
-
-def improvement_rank(fitness, held) -> jax.Array:
-    """The place (B,) of each child: those that fill an empty cell first, by fitness; then by fitness - the holder's (held)."""
-    gain = jnp.where(held > -jnp.inf, fitness - held, fitness)
-    order = jnp.lexsort((-gain, held > -jnp.inf))
-    return jnp.zeros(len(order)).at[order].set(jnp.arange(len(order), dtype=jnp.float32))
 
 
 def tell(key, cma: CmaMe, state, children, rank, taken, archive: Archive, config: Config):

@@ -9,8 +9,7 @@ Run:     python algos/tizero.py         (--ratio independent for PPO's ratio of 
 
 Paper:   --preset paper
 
-Expect:  not measured with these settings. With those of commit bf02ded, after 19 M steps (580 updates, seed 0), the newest team won
-         0.82 of the levels decided against the easy bot, 0.40 against the medium one, 0.31 against the hard one (800 each)
+Expect:  not measured yet; a run ends with 200 whole matches against each of three bots
 
 A run's league is in league.npz (`load_league` of envs/football_team.py reads it); matches.json tells how whole matches against the
 bots ended. The league that is shipped is envs/data/football_league.npz; how it was made is in its `meta`, and a run's league.npz

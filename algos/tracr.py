@@ -11,7 +11,7 @@ Run:     python algos/tracr.py          (one setting: --sweep single --c-tr 1 --
 
 Paper:   --preset paper
 
-Expect:  Counter, C_Tr 1, 8 seeds: the old task falls from 1 to 0, one weight less gives .55 of it back, attention stays with a, and
+Expect:  Counter, C_Tr 1, 8 seeds: the old task falls from 1 to 0, one weight less gives .54 of it back, attention stays with a, and
          reverse fine-tuning brings it back in all seeds. Max-identifier keeps no such trace. See results/tracr/ and figures/
 
 Every C_Tr, learning rate and seed is a lane of one program. Two more lanes start reverse fine-tuning from what never counted a:

@@ -112,6 +112,16 @@ def sample_filled(key, archive: Archive, shape: tuple[int, ...]) -> jax.Array:
     return jnp.minimum(jnp.searchsorted(number, drawn), number.shape[0] - 1).astype(jnp.int32) * (number[-1] > 0)
 
 
+def improvement_rank(fitness, held) -> jax.Array:
+    """The place (B,) of each child: those that fill an empty cell first, by fitness; then by fitness - the holder's (held).
+
+    What an emitter of CMA-ME learns from (1912.02400, Sec. 4).
+    """
+    gain = jnp.where(held > -jnp.inf, fitness - held, fitness)
+    order = jnp.lexsort((-gain, held > -jnp.inf))
+    return jnp.zeros(len(order)).at[order].set(jnp.arange(len(order), dtype=jnp.float32))
+
+
 # --- metrics
 
 

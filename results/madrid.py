@@ -43,9 +43,10 @@ def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
 
 def play_matches(folder: Path, seed: int) -> None:
     """Writes matches.json: shares of short levels won and lost by the left team [pairing -> (won, lost)], statistics of hard bots'
-    levels, and whole matches of the league's last team against bots [bot -> (won, drawn, lost, scored, conceded)]."""
+    levels, and whole matches of the league's last team against bots [bot -> won, drawn, lost, scored, conceded]."""
     import jax
 
+    from algos import tizero
     from algos.madrid import CPU, make_players, play, player
     from common import checkpoint
     from common.devices import setup_devices
@@ -81,7 +82,9 @@ def play_matches(folder: Path, seed: int) -> None:
         found["levels"][f"target against {name}"] = share(target, i, next(keys))
     hard = players.names.index("hard")
     found["levels"]["hard against hard"] = share(hard, hard, next(keys))
-    found |= {"statistics": statistics(config, next(keys)), "matches": whole_matches(players, next(keys))}
+    settings = replace(tizero.CPU, seed=seed, final_matches=FULL)
+    found["matches"] = tizero.whole_matches(settings, player(players, players.place[target], False), BOT_NAMES)
+    found["statistics"] = statistics(config, next(keys))
     text = json.dumps(found)
     checkpoint.write_atomically(folder / "matches.json", lambda file: file.write(text.encode()))
 
@@ -115,39 +118,6 @@ def statistics(config, key) -> dict[str, float]:
 
     values = many(jax.random.split(key, LEVELS // CHUNK))
     return dict(zip(("goal", "owned", "turnovers", "set_pieces"), map(float, values), strict=True))
-
-
-def whole_matches(players, key, steps: int = 3000) -> dict[str, list[int]]:
-    """FULL matches of the league's last team, on the left, against each bot."""
-    import jax
-    import jax.numpy as jnp
-
-    from algos.madrid import acts, player
-    from envs.football import Football, FootballParams
-    from envs.football_bots import bot_of
-
-    env = Football(end_on_score=False, max_steps_in_episode=steps)
-    team = player(players, players.place[-1], bool(players.is_bot[-1]))
-
-    @jax.jit
-    def match(key, bot):
-        params = FootballParams(jnp.stack([jnp.float32(1.0), jnp.float32(bot.skill)]), steps)
-        key_reset, key = jax.random.split(key)
-        _, state = env.reset_env(key_reset, params, (FULL,))
-
-        def step(state, key):
-            key_act, key_step = jax.random.split(key)
-            actions = acts(key_act, (team, bot), ("none", "none"), state, 1.0 - state.time / steps)
-            return env.step_env(key_step, state, actions, params)[1], None
-
-        return jax.lax.scan(step, state, jax.random.split(key, steps))[0].score
-
-    found = {}
-    for name, key_match in zip(BOT_NAMES, jax.random.split(key, len(BOT_NAMES)), strict=True):
-        ours, theirs = np.asarray(match(key_match, bot_of(name)))
-        counts = (ours > theirs).sum(), (ours == theirs).sum(), (ours < theirs).sum(), ours.sum(), theirs.sum()
-        found[name] = [int(x) for x in counts]
-    return found
 
 
 # --- claims
@@ -252,7 +222,7 @@ def league(games) -> list[dict]:
     value = float(np.mean([[decided(game, name) for name in earlier] for game in games]))
     words = "it wins decided levels against the teams of the league's first two thirds"
     made.append(over("league-earlier", words, "own bar", value, 0.6))
-    won, _, lost, *_ = np.sum([game["matches"]["hard"] for game in games], axis=0)
+    won, lost = (sum(game["matches"]["hard"][name] for game in games) for name in ("won", "lost"))
     words = f"it wins more whole matches than it loses against the hard bot ({FULL} a set): share of the decided"
     return [*made, over("league-matches", words, "own bar", float(won / max(won + lost, 1)), 0.5)]
 
@@ -297,7 +267,8 @@ def match_table(folders) -> list[str]:
     rows = ["| the league's last team against | levels won of those decided | whole matches won, drawn, lost | goals |"]
     rows.append("| --- | --- | --- | --- |")
     for name in BOT_NAMES:
-        won, drawn, lost, ours, theirs = np.sum([game["matches"][name] for game in games], axis=0)
+        kinds = ("won", "drawn", "lost", "scored", "conceded")
+        won, drawn, lost, ours, theirs = (sum(game["matches"][name][kind] for game in games) for kind in kinds)
         share = np.mean([decided(game, name) for game in games])
         rows.append(f"| {name} | {share:.2f} | {won}, {drawn}, {lost} | {ours} : {theirs} |")
     return rows
