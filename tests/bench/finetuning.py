@@ -15,7 +15,7 @@ FLOPs of a step: 2 m n k for every product (m, k) x (k, n); the backward pass ha
 import sys
 import time
 
-from harness import ROOT, is_worker, machine, measure, medians, noting, parser_of, write
+from harness import ROOT, count_flops, is_worker, machine, measure, medians, noting, parser_of, time_products, write
 
 OUT = ROOT / "results" / "bench" / "finetuning.json"
 STEPS = 20
@@ -26,18 +26,13 @@ SIZES = {
 
 
 def products(width: int, layers: int, heads: int, batch: int, length: int) -> list[tuple[int, int, int, int, int]]:
-    """(times, copies, m, k, n) of the forward pass: `times` products of `copies` pairs (m, k) x (k, n) each."""
+    """(times, copies, m, k, n) of the forward pass, as harness.time_products wants them."""
     places = length + 8  # a sequence of length + 9 tokens, of which the last is only predicted
     tokens, vocabulary, wide = batch * places, length + 17, width // heads
     dense = [(layers, 1, tokens, width, 3 * width), (layers, 1, tokens, width, width)]
     dense += [(layers, 1, tokens, width, 4 * width), (layers, 1, tokens, 4 * width, width), (1, 1, tokens, width, vocabulary)]
     attention = [(layers, batch * heads, places, wide, places), (layers, batch * heads, places, places, wide)]
     return dense + attention
-
-
-def flops(size: dict) -> float:
-    """Floating-point operations of the products of one training step of one model."""
-    return 3 * sum(2 * times * copies * m * k * n for times, copies, m, k, n in products(**size))
 
 
 def tokens_of(size: dict) -> int:
@@ -81,27 +76,10 @@ def ours(size: str, lanes: str) -> dict:
 
 
 def matmuls(size: str) -> dict:
-    """CPU-seconds that a step's matrix products take when each is run alone, forwards and backwards."""
-    import jax
-    import jax.numpy as jnp
-
-    size, total = SIZES[size], 0.0
-    for times, copies, m, k, n in products(**size):
-        shapes = ((m, k), (k, n)), ((m, n), (n, k)), ((k, m), (m, n))  # forwards, to the inputs, to the weights
-        for left, right in shapes:
-            lead = (copies,) if copies > 1 else ()
-            x, y = jnp.ones((*lead, *left)), jnp.ones((*lead, *right))
-            repeats = max(1, int(2e9 / (2 * copies * m * k * n)))
-
-            def many(x, y, repeats=repeats):
-                return jax.lax.fori_loop(0, repeats, lambda _, x: x + 1e-9 * (x @ y).mean(), x)  # each product needs the one before
-
-            many = jax.jit(many)
-            jax.block_until_ready(many(x, y))
-            cpu = time.process_time()
-            jax.block_until_ready(many(x, y))
-            total += times * (time.process_time() - cpu) / repeats
-    return {"cpu_s_per_step": total, "gflops_per_cpu_s": flops(size) / total / 1e9, "tokens_per_cpu_s": tokens_of(size) / total}
+    """CPU-seconds that a step's matrix products take."""
+    made, tokens = products(**SIZES[size]), tokens_of(SIZES[size])
+    total = time_products(made)
+    return {"cpu_s_per_step": total, "gflops_per_cpu_s": count_flops(made) / total / 1e9, "tokens_per_cpu_s": tokens / total}
 
 
 def torch_peer(size: str) -> dict:
@@ -191,7 +169,7 @@ def main() -> None:
         "repeats": args.repeats,
         "sizes": {s: SIZES[s] for s in args.sizes},
     }
-    summary["flops_per_token"] = {size: flops(SIZES[size]) / tokens_of(SIZES[size]) for size in args.sizes}
+    summary["flops_per_token"] = {size: count_flops(products(**SIZES[size])) / tokens_of(SIZES[size]) for size in args.sizes}
     summary["machine"] = machine()
     write(OUT, summary)
 

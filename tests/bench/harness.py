@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,6 +55,38 @@ def noting(runs: dict[str, list[dict]], measure: Callable[..., dict]) -> Callabl
 def medians(runs: dict[str, list[dict]]) -> dict[str, dict]:
     """Field by field."""
     return {name: {k: statistics.median(r[k] for r in results) for k in results[0]} for name, results in runs.items()}
+
+
+def time_products(products: list[tuple[int, int, int, int, int]]) -> float:
+    """CPU-seconds of a training step's matrix products (JAX, float32), each timed alone at its shape, forwards and backwards.
+
+    products: (times, copies, m, k, n) of the forward pass: `times` products of `copies` pairs (m, k) x (k, n) each.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    total = 0.0
+    for times, copies, m, k, n in products:
+        shapes = ((m, k), (k, n)), ((m, n), (n, k)), ((k, m), (m, n))  # forwards, to the inputs, to the weights
+        for left, right in shapes:
+            lead = (copies,) if copies > 1 else ()
+            x, y = jnp.ones((*lead, *left)), jnp.ones((*lead, *right))
+            repeats = max(1, int(2e9 / (2 * copies * m * k * n)))
+
+            def many(x, y, repeats=repeats):
+                return jax.lax.fori_loop(0, repeats, lambda _, x: x + 1e-9 * (x @ y).mean(), x)  # each product needs the one before
+
+            many = jax.jit(many)
+            jax.block_until_ready(many(x, y))
+            cpu = time.process_time()
+            jax.block_until_ready(many(x, y))
+            total += times * (time.process_time() - cpu) / repeats
+    return total
+
+
+def count_flops(products: list[tuple[int, int, int, int, int]]) -> float:
+    """Floating-point operations of a training step's products: 2 m n k for each, the backward pass twice the forward pass."""
+    return 3.0 * sum(2 * times * copies * m * k * n for times, copies, m, k, n in products)
 
 
 def machine() -> str:
