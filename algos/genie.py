@@ -787,7 +787,8 @@ def state_like(config: Config):
 
 
 def find_run(folder: Path) -> tuple[Config, Path]:
-    """The settings and the newest checkpoint of a run. Raises UsageError if there is none, before any device is used."""
+    """The settings (`stage`: the part that it has come to) and the newest checkpoint of a run. Raises UsageError if there is none,
+    before any device is used."""
     found = newest_good(folder / "checkpoints")
     require(found, f"--load {folder}: there is no checkpoint")
     settings = found[1]["config"]
@@ -796,7 +797,8 @@ def find_run(folder: Path) -> tuple[Config, Path]:
     except TypeError:
         config = None
     require(config and as_dict(config) == settings, f"--load {folder}: is no run of this version of Genie")
-    return config, found[0]
+    in_first_part = config.stage == "all" and found[1]["update"] <= config.tokenizer_updates
+    return replace(config, stage="tokenizer") if in_first_part else config, found[0]
 
 
 def read_run(folder: Path) -> tuple[Config, dict]:

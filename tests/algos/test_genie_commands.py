@@ -35,7 +35,7 @@ def save_run(folder, config=SMALL, stage="dynamics", settings=None):
     """A run's folder with the checkpoint of a model that begins."""
     config = replace(config, stage=stage)
     state = begin(config)
-    save(folder / "checkpoints" / "00000004.npz", state, {"config": as_dict(config) | (settings or {})})
+    save(folder / "checkpoints" / "00000004.npz", state, {"config": as_dict(config) | (settings or {}), "update": 4})
     return folder, jax.tree.map(np.asarray, state.params)
 
 
@@ -116,6 +116,7 @@ def test_other_sizes_are_one_line(saved, changes, words):
 def test_runs_that_cannot_be_played_are_one_line(tmp_path):
     cases = [
         (dict(stage="lam"), "only its lam was trained"),
+        (dict(stage="all", config=replace(SMALL, tokenizer_updates=4)), "only its tokenizer was trained"),
         (dict(settings={"dynamics_width": 24}), "this run has"),  # the settings do not fit the numbers beside them
         (dict(settings={"more": 1}), "no run of this version"),
         (dict(settings={"heads": "two"}), "no run of this version"),
