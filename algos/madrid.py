@@ -175,17 +175,32 @@ def player(players: Players, who: int | jax.Array, bot: bool):
     return jax.tree.map(lambda x: jnp.asarray(x)[who], players.bots if bot else players.teams)
 
 
-def acts(key, sides, flaws, state: FootballState, left) -> jax.Array:
-    """Actions (20, B) of two sides, each a Bot or a Team, each with its flaw. `left`: the share of the match that is left."""
-    key_bot, *keys = jax.random.split(key, 3)
-    halves = [None, None]
-    if any(isinstance(side, Bot) for side in sides):
-        both = pair(*(side if isinstance(side, Bot) else BOTS["hard"] for side in sides))
-        halves = jnp.split(bot_actions(key_bot, state, both), 2)
-    chosen = []
-    for team, (side, flaw) in enumerate(zip(sides, flaws, strict=True)):
-        action = halves[team] if isinstance(side, Bot) else team_actions(keys[team], side, state, left, team)
-        chosen.append(with_flaw(flaw, state, action, team))
+class Either(NamedTuple):
+    """A player whose kind is known only when it runs."""
+
+    is_bot: jax.Array  # () bool
+    bot: Bot
+    team: Team
+
+
+def side_actions(key, side: Bot | Team | Either, state: FootballState, left, team: int) -> jax.Array:
+    """Actions (10, B) of one side. `left`: the share of the match that is left."""
+    if isinstance(side, Either):
+        return jax.lax.cond(side.is_bot, *(partial(side_actions, key, one, state, left, team) for one in side[1:]))
+    if isinstance(side, Team):
+        return team_actions(key, side, state, left, team)
+    both = (side, BOTS["hard"]) if team == 0 else (BOTS["hard"], side)
+    return jnp.split(bot_actions(key, state, pair(*both)), 2)[team]
+
+
+def acts(key, sides, flaw: str, flawed, state: FootballState, left) -> jax.Array:
+    """Actions (20, B) of two sides; those of a side that is `flawed` with a flaw."""
+    if all(isinstance(side, Bot) for side in sides):
+        chosen = jnp.split(bot_actions(key, state, pair(*sides)), 2)
+    else:
+        chosen = [side_actions(k, sides[i], state, left, i) for i, k in enumerate(jax.random.split(key))]
+    if flaw != "none":
+        chosen = [jnp.where(flawed[i], with_flaw(flaw, state, action, i), action) for i, action in enumerate(chosen)]
     return jnp.concatenate(chosen)
 
 
@@ -206,17 +221,19 @@ def with_flaw(flaw: str, state: FootballState, action, team: int) -> jax.Array:
 # --- matches
 
 
-def play(key, config: Config, sides, flaws, level, record: bool):
-    """Matches from levels (42, B) -> who scored first (2, B) float32, and the states (T, ..., B) if they are kept."""
+def play(key, config: Config, sides, flawed, level, record: bool = False):
+    """Matches from levels (42, B) -> who scored first (2, B) float32, and the states (T, ..., B) if they are kept.
+
+    flawed: of each side, whether it has the config's flaw.
+    """
     env = Football(max_steps_in_episode=config.horizon)
-    skills = [side.skill if isinstance(side, Bot) else 1.0 for side in sides]
-    params = FootballParams(jnp.stack([jnp.float32(x) for x in skills]), config.horizon)
+    params = FootballParams(jnp.stack([skill_of(side) for side in sides]), config.horizon)
     state = jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), env.reset_to_level(level))
 
     def step(carry, key):
         state, first = carry
         key_act, key_step = jax.random.split(key)
-        actions = acts(key_act, sides, flaws, state, 1.0 - state.time / config.horizon)
+        actions = acts(key_act, sides, config.flaw, flawed, state, 1.0 - state.time / config.horizon)
         _, state, _, _, info = env.step_env(key_step, state, actions, params)
         first = jnp.where(first.any(0), first, info["goal"])
         return (state, first), state if record else ()
@@ -226,29 +243,29 @@ def play(key, config: Config, sides, flaws, level, record: bool):
     return first.astype(jnp.float32), states
 
 
+def skill_of(side: Bot | Team | Either) -> jax.Array:
+    """What FootballParams.skill should be for it."""
+    if isinstance(side, Either):
+        return jnp.where(side.is_bot, side.bot.skill, 1.0)
+    return jnp.float32(side.skill if isinstance(side, Bot) else 1.0)
+
+
 def play_jobs(key, config: Config, players: Players, left: np.ndarray, levels, record: bool = False):
     """Job j: levels[j] (42, B) between player left[j] and the target -> (jobs, 2, B), states (jobs, T, ..., B).
 
-    Jobs whose left sides are of one kind run one after another in one loop; a match's width stays in the processor's cache.
+    Jobs run one after another in one loop: it is compiled once, and a match's width stays in the processor's cache.
     """
     target = len(players.names) - 1
     right = player(players, players.place[target], bool(players.is_bot[target]))
-    flawed = (left == target) & (config.flaw != "none")
-    kinds = 2 * players.is_bot[left] + flawed
-    keys = jax.random.split(key, len(left))
-    found, order = [], []
-    for kind in np.unique(kinds):
-        chosen = np.flatnonzero(kinds == kind)
-        flaws = (config.flaw if kind % 2 else "none", config.flaw)
+    is_bot = players.is_bot[left]
 
-        def job(inputs, bot=kind >= 2, flaws=flaws):
-            key, who, level = inputs
-            return play(key, config, (player(players, who, bot), right), flaws, level, record)
+    def job(inputs):
+        key, bot, place, flawed, level = inputs
+        sides = [player(players, place, kind) for kind in (True, False) if (is_bot == kind).any()]
+        one = sides[0] if len(sides) == 1 else Either(bot, *sides)
+        return play(key, config, (one, right), (flawed, True), level, record)
 
-        found.append(jax.lax.map(job, (keys[chosen], jnp.asarray(players.place[left[chosen]]), levels[chosen])))
-        order.append(chosen)
-    back = np.argsort(np.concatenate(order))
-    return jax.tree.map(lambda *x: jnp.concatenate(x)[back], *found)
+    return jax.lax.map(job, (jax.random.split(key, len(left)), is_bot, players.place[left], left == target, levels))
 
 
 def score(key, config: Config, players: Players, levels, repeats: int) -> Elite:

@@ -68,7 +68,7 @@ def play_matches(folder: Path, seed: int) -> None:
                 def chunk(key):
                     key_level, key_play = jax.random.split(key)
                     level = Football().sample_level(key_level, (CHUNK,))
-                    return play(key_play, config, pair, ("none", "none"), level, False)[0].mean(-1)
+                    return play(key_play, config, pair, (False, False), level)[0].mean(-1)
 
                 return jax.lax.map(chunk, keys).mean(0)
 
@@ -104,7 +104,7 @@ def statistics(config, key) -> dict[str, float]:
         def chunk(key):
             key_level, key_play = jax.random.split(key)
             level, hard = Football().sample_level(key_level, (CHUNK,)), bot_of("hard")
-            first, states = play(key_play, config, (hard, hard), ("none", "none"), level, True)
+            first, states = play(key_play, config, (hard, hard), (False, False), level, True)
             going = jnp.cumsum(states.score.sum(1) > 0, axis=0) == 0  # (T, B): before the first goal
             owned = states.owner.any((1, 2))
             team = jnp.argmax(states.last.any(2), axis=1)  # whose touch was the last
