@@ -149,7 +149,7 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
 PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
-CPU = Config(preset="cpu", num_updates=1600, log_every=5, eval_every=200, save_every=200)
+CPU = Config(preset="cpu", num_updates=3200, log_every=5, eval_every=400, save_every=200)
 
 
 class State(NamedTuple):
