@@ -50,7 +50,7 @@ from common.ppo import gae
 from common.run import Train, run
 from envs.football import Football, FootballParams, checkpoints, send_off
 from envs.football_bots import BOTS, Bot, bot_actions
-from envs.football_state import FORMATION, LEVEL_SIZE, NUM_ACTIONS, FootballState
+from envs.football_state import FORMATION, HALF_LENGTH, HALF_WIDTH, LEVEL_SIZE, NUM_ACTIONS, FootballState
 from envs.football_team import WHOLE_VIEW, Team, apply_team, init_team, sample_actions, save_league, views
 
 
@@ -98,8 +98,8 @@ class Config(RunConfig):
     """for a step with the ball;"""
     crowd_coef: float = 2e-3
     """lost for a step in which ten pairs of team-mates are within 5 m;"""
-    out_coef: float = 5e-3
-    """and for a restart given to the others."""
+    out_coef: float = 2e-3
+    """and in which a player is off the pitch."""
 
     ladder_share: float = 0.3
     """The part of training after which the ladder's top is reached at the latest."""
@@ -149,7 +149,7 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
 PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
-CPU = Config(preset="cpu", num_updates=3200, log_every=5, eval_every=400, save_every=200)
+CPU = Config(preset="cpu", num_updates=1600, num_matches=128, horizon=256, log_every=5, eval_every=200, save_every=200)
 
 
 class State(NamedTuple):
@@ -275,11 +275,17 @@ def crowding(state: FootballState) -> jax.Array:
     return ((near & on[:, :, None] & on[:, None]).sum((1, 2)) - on.sum(1)) / 20.0
 
 
+def players_out(state: FootballState) -> jax.Array:
+    """A team's players beyond the lines (2, B)."""
+    out = (jnp.abs(state.x[:, 1:]) > HALF_LENGTH) | (jnp.abs(state.y[:, 1:]) > HALF_WIDTH)
+    return (out & state.active[:, 1:]).sum(1)
+
+
 def team_reward(config: Config, state: FootballState, info: dict, rings) -> jax.Array:
     """The left team's (B,), zero-sum; `rings` (2, B): the world's checkpoint reward."""
-    goal, completed, owned, restart = (info[name].astype(jnp.float32) for name in ("goal", "completed", "owned", "restart"))
+    goal, completed, owned = (info[name].astype(jnp.float32) for name in ("goal", "completed", "owned"))
     each = goal + config.checkpoint_coef * rings + config.pass_coef * completed + config.hold_coef * owned
-    each = each - config.crowd_coef * crowding(state) + config.out_coef * restart
+    each = each - config.crowd_coef * crowding(state) - config.out_coef * players_out(state)
     return each[0] - each[1]
 
 
