@@ -19,14 +19,15 @@ Differs from the paper (2302.07515; its training code is not public, so what is 
  1. The world is envs/football.py, not the Google Research Football engine, and the bots are envs/football_bots.py's.
  2. A player's network is a perceptron with two hidden layers over the team's view and his own, without memory (six encoders, an
     LSTM of 256, and a head that predicts who he is); 64 units wide, with --preset paper 256.
- 3. Training and league are on levels of 128 steps that end with a goal, as MADRID uses them (whole matches, 3000 steps).
+ 3. Training and league are on levels that end with a goal or after `horizon` steps, 256 in the cpu preset, so that an attack that
+    fails can be answered (whole matches, 3000 steps). MADRID's levels have 128.
  4. The ladder's rungs are this file's (ten levels; there as here a team climbs by winning, and what changes is the opponent's
     strength and where players and ball are); it climbs with time too, and goes on playing lower rungs. Bots stay at its top.
  5. Masked are actions that would do nothing, and slides without an opponent on the ball (others too, such as shots from afar).
  6. The world's checkpoint reward is added. Players begin with a liking for idling, which keeps them running where they run.
  7. The learner plays on the left: the world turns the pitch for the right team. No random actions at the start of levels, which are
     random themselves.
- 8. Rewards of a step are larger, so that they weigh in a level of 128 steps what the paper's weigh in a match of 3000.
+ 8. Rewards of a step are larger, so that they weigh in a level what the paper's weigh in a match of 3000.
  9. One computer's rollout and learning in turn (distributed actors and learners for 45 days).
 """
 

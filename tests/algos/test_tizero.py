@@ -140,7 +140,7 @@ def test_a_rung_is_left_when_it_is_mastered_or_its_time_is_over():
 
 
 def info_of(**true):
-    info = {name: np.zeros((2, 1), bool) for name in ("goal", "completed", "owned", "restart")}
+    info = {name: np.zeros((2, 1), bool) for name in ("goal", "completed", "owned")}
     for name, side in true.items():
         info[name][side] = True
     return {name: jnp.asarray(x) for name, x in info.items()}
@@ -156,7 +156,8 @@ def test_rewards_are_the_teams_difference():
     assert reward() == pytest.approx(crowd)
     assert reward(goal=0) == pytest.approx(crowd + 1) and reward(goal=1) == pytest.approx(crowd - 1)
     assert reward(completed=0, owned=1) == pytest.approx(crowd + 0.1 - 0.01)
-    assert reward(restart=1) == pytest.approx(crowd - 0.2)
+    off = team_reward(config, state._replace(x=state.x.at[0, 3].set(56.0)), info_of(), none)
+    assert float(off[0]) == pytest.approx(-0.1 - 0.2)  # one pair fewer; one player beyond the right end
     assert reward(jnp.array([[0.1], [0.3]])) == pytest.approx(crowd - 0.1)
 
 
