@@ -16,7 +16,8 @@ Expect:  not measured yet; videos/controls.gif shows what each code does, a colu
 Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):
  1. Codes are compared on the unit sphere, beta is 0.25, and a code unused for `restart_unused` updates begins anew at an
     encoder's output (the codebook's update is not given).
- 2. Position in time is rotary, in space learned; pre-norm; feed-forward layers of `ffn` times the width (none of it is given).
+ 2. Positions are rotary in time and space, and in space learned too; pre-norm; feed-forward layers of `ffn` times the width (none
+    of it is given).
  3. An action token is added to every frame of the latent action model's encoder, and read there (not given).
  4. Frame t + 1's tokens are predicted in place, from its own unmasked tokens, all frames before, and the code of t -> t + 1 added
     to each of them (the text also allows a shift by a frame).
@@ -24,7 +25,7 @@ Differs from the paper (its own way in brackets; the `cpu` preset also changes t
  6. Frames within a clip are not masked at frame 1 (as the paper) and the loss is on masked tokens only (not given).
  7. t = 4 counts generated frames, after a prompt of `prompt_frames`; random codes are uniform; PSNR is averaged in dB over clips.
  8. The latent action model's error is divided by the variance of what it sees (not given): on plain pictures the codebook's terms
-    would outweigh it, and all changes share a code.
+    would outweigh it, and all changes share a code. Its decoder's output is added to the frame before (not given).
 """
 
 from collections.abc import Callable
@@ -51,10 +52,11 @@ from common.st import (
     Cache,
     Kind,
     Spec,
+    grid_of,
     init_cache,
     init_st,
-    num_patches,
     patchify,
+    positions,
     rms_norm,
     st,
     st_blocks,
@@ -193,7 +195,7 @@ class Config(RunConfig):
         require_range(self, 0, 65535, "port")
         for name in ("tokenizer_width", "lam_width", "dynamics_width"):
             width = getattr(self, name)
-            require(width % (2 * self.heads) == 0, f"--{name.replace('_', '-')} {width}: must be a multiple of 2 * heads")
+            require(width % (4 * self.heads) == 0, f"--{name.replace('_', '-')} {width}: must be a multiple of 4 * heads")
         require(self.data != "dots" or self.size % 8 == 0, f"--size {self.size}: must be a multiple of 8")
         longest = self.num_frames - 4
         require(self.prompt_frames <= longest, f"--prompt-frames {self.prompt_frames}: 4 more must fit: at most {longest}")
@@ -262,11 +264,11 @@ def tokenizer_spec(config: Config) -> Spec:
 def init_tokenizer(key, config: Config, shape: tuple[int, int]) -> dict:
     """Encoder, decoder, codebook."""
     key_encoder, key_decoder, key_code = jax.random.split(key, 3)
-    num, pixels, width = num_patches(shape, config.patch), 3 * config.patch**2, config.tokenizer_width
+    grid, pixels, width = grid_of(shape, config.patch), 3 * config.patch**2, config.tokenizer_width
     size = (width, config.encoder_blocks, config, config.tokenizer)
     return {
-        "encoder": init_st(key_encoder, pixels, config.code_dim, num, *size),
-        "decoder": init_st(key_decoder, config.code_dim, pixels, num, width, config.decoder_blocks, *size[2:]),
+        "encoder": init_st(key_encoder, pixels, config.code_dim, grid, *size),
+        "decoder": init_st(key_decoder, config.code_dim, pixels, grid, width, config.decoder_blocks, *size[2:]),
         "codebook": jax.random.normal(key_code, (config.num_codes, config.code_dim)),
     }
 
@@ -305,12 +307,12 @@ def init_lam(key, config: Config, shape: tuple[int, int]) -> dict:
     """Encoder with an action token, decoder, codebook of |A| codes."""
     key_encoder, key_decoder, key_code, key_token, key_action = jax.random.split(key, 5)
     tokens = config.lam_input == "tokens"
-    num = num_patches(shape, config.patch if tokens else config.lam_patch)
+    grid = grid_of(shape, config.patch if tokens else config.lam_patch)
     n_in, width = config.code_dim if tokens else 3 * config.lam_patch**2, config.lam_width
     return {
-        "encoder": init_st(key_encoder, n_in, config.code_dim, num, width, config.lam_blocks, config),
+        "encoder": init_st(key_encoder, n_in, config.code_dim, grid, width, config.lam_blocks, config),
         "token": 0.1 * jax.random.normal(key_token, (width,)),
-        "decoder": init_st(key_decoder, n_in, n_in, num, width, config.lam_blocks, config),
+        "decoder": init_st(key_decoder, n_in, n_in, grid, width, config.lam_blocks, config),
         "action": orthogonal(key_action, (config.code_dim, width)),
         "codebook": jax.random.normal(key_code, (config.num_actions, config.code_dim)),
     }
@@ -319,16 +321,19 @@ def init_lam(key, config: Config, shape: tuple[int, int]) -> dict:
 def infer_actions(params, x, config: Config):
     """x_1..x_T (B, T, N, n_in) -> e (B, T - 1, code_dim), where e_t is of x_t -> x_{t+1} and comes from x_1..x_{t+1}."""
     encoder, spec = params["encoder"], Spec(config.heads, config.num_frames)
-    h = dense(encoder["in"], x) + encoder["space"]
+    h = dense(encoder["in"], x) + positions(encoder)
     token = jnp.broadcast_to(params["token"], (*x.shape[:2], 1, config.lam_width))
-    h, _ = st_blocks(encoder, jnp.concatenate([token, h], axis=2), spec)
-    return unit(dense(encoder["out"], rms_norm(encoder["norm"], h[:, 1:, 0])))
+    h, _ = st_blocks(encoder, jnp.concatenate([h, token], axis=2), spec)
+    return unit(dense(encoder["out"], rms_norm(encoder["norm"], h[:, 1:, -1])))
 
 
 def predict_next(params, x, actions, config: Config) -> jax.Array:
-    """x_1..x_{T-1} (B, T - 1, N, n_in), codes (B, T - 1, code_dim) -> x_2..x_T, where x_{t+1} comes from x_1..x_t, a_1..a_t."""
+    """x_1..x_{T-1} (B, T - 1, N, n_in), codes (B, T - 1, code_dim) -> x_2..x_T, where x_{t+1} comes from x_1..x_t, a_1..a_t.
+
+    The decoder says what changes. If it had to draw whole frames, codes would first learn to say where things are.
+    """
     out, _ = st(params["decoder"], x, Spec(config.heads, config.num_frames), (actions @ params["action"])[:, :, None])
-    return jax.nn.sigmoid(out) if config.lam_input == "pixels" else out
+    return x + out
 
 
 def lam_view(params, frames, config: Config) -> jax.Array:
@@ -361,14 +366,14 @@ def dynamics_spec(config: Config) -> Spec:
 def init_dynamics(key, config: Config, shape: tuple[int, int]) -> dict:
     """A transformer over tokens, one more of which is MASK, with a matrix that lets an action in."""
     key_st, key_action = jax.random.split(key)
-    num, width = num_patches(shape, config.patch), config.dynamics_width
-    params = init_st(key_st, config.num_codes + 1, config.num_codes, num, width, config.dynamics_blocks, config)
+    grid, width = grid_of(shape, config.patch), config.dynamics_width
+    params = init_st(key_st, config.num_codes + 1, config.num_codes, grid, width, config.dynamics_blocks, config)
     return params | {"action": orthogonal(key_action, (config.code_dim, width))}
 
 
 def predict_tokens(params, tokens, actions, config: Config, cache: Cache | None = None):
     """Tokens (B, T, N), some MASK, the code that led to each frame (B, T, code_dim) or 0 -> logits (B, T, N, K), cache."""
-    h = params["in"]["w"][tokens] + params["in"]["b"] + params["space"]
+    h = params["in"]["w"][tokens] + params["in"]["b"] + positions(params)
     action = (actions @ params["action"])[:, :, None]
     add = config.action_input == "add"
     h = h + action if add else jnp.concatenate([h, action], axis=2)
@@ -450,14 +455,14 @@ def sample_frame(key, params, cache: Cache, action, config: Config, temperature=
         logits, new = predict_tokens(params, tokens[:, None], action[:, None], config, cache)
         return logits[:, 0], new
 
-    shape = action.shape[0], params["space"].shape[0]
+    shape = action.shape[0], len(positions(params))
     tokens, sure = fill_in(key, lambda tokens: predict(tokens)[0], shape, config, temperature, steps)
     return tokens, predict(tokens)[1], sure
 
 
 def read_prompt(params, tokens, codes, config: Config) -> Cache:
     """The dynamics' cache after a prompt: tokens (B, P, N), codes that lead to each of its frames (B, P, code_dim)."""
-    width = params["space"].shape[0] + (config.action_input == "prepend")
+    width = len(positions(params)) + (config.action_input == "prepend")
     cache = init_cache(params, dynamics_spec(config), tokens.shape[0], width)
 
     def step(cache, inputs):

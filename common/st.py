@@ -1,13 +1,14 @@
 """Spatio-temporal transformers over frames cut into patches (Genie, 2402.15391, section 2 and figure 4).
 
-A block is attention in space, causal attention in time and ONE feed-forward layer after both. Positions in time are rotary, those
-in space learned; norms come first. One frame at a time with a cache gives what the whole sequence would.
+A block is attention in space, causal attention in time and ONE feed-forward layer after both. Positions are rotary, in time and in
+space, and in space learned too; norms come first. One frame at a time with a cache gives what the whole sequence would.
 """
 
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from common.nn import dense, init_dense
 
@@ -44,13 +45,14 @@ def init_block(key, width: int, ffn: int, heads: int, kind: Kind) -> dict:
     return params | {"ffn": {"norm": jnp.ones(width), "up": up, "down": down}}
 
 
-def init_st(key, n_in: int, n_out: int, num_tokens: int, width: int, blocks: int, config, kind: Kind = "st_vivit") -> dict:
-    """Input layer, positions in space, blocks (stacked), output layer. `config` has `heads` and `ffn`, a layer's hidden widths."""
+def init_st(key, n_in: int, n_out: int, grid: tuple[int, int], width: int, blocks: int, config, kind: Kind = "st_vivit") -> dict:
+    """Input layer, positions in space (rows, columns, width), blocks (stacked), output layer. `config` has `heads` and `ffn`, a
+    layer's hidden widths."""
     key_in, key_space, key_blocks, key_out = jax.random.split(key, 4)
     one = lambda key: init_block(key, width, config.ffn, config.heads, kind)
     return {
         "in": init_dense(key_in, n_in, width, 1.0),
-        "space": 0.1 * jax.random.normal(key_space, (num_tokens, width)),
+        "space": 0.1 * jax.random.normal(key_space, (*grid, width)),
         "blocks": jax.vmap(one)(jax.random.split(key_blocks, blocks)),
         "norm": jnp.ones(width),
         "out": init_dense(key_out, width, n_out, 1.0),
@@ -62,22 +64,34 @@ def rms_norm(scale, x) -> jax.Array:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
 
 
-def rotate(x, time) -> jax.Array:
-    """Rotary positions (2104.09864): x (B, T, N, heads, c), time (T,); products of queries and keys know only differences."""
-    half = x.shape[-1] // 2
-    angle = time[:, None] * 100.0 ** (-jnp.arange(half) / half)
-    cos, sin = (f(angle)[:, None, None].astype(x.dtype) for f in (jnp.cos, jnp.sin))
-    a, b = x[..., :half], x[..., half:]
+def rotate(x, *places) -> jax.Array:
+    """Rotary positions (2104.09864), one or several coordinates, each its share of the channels: x (..., heads, c), places that
+    broadcast to (...); products of queries and keys know only differences."""
+    each = x.shape[-1] // (2 * len(places))
+    angle = jnp.concatenate([place[..., None] * 100.0 ** (-jnp.arange(each) / each) for place in places], axis=-1)
+    cos, sin = (f(angle)[..., None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def project(p, x, spec: Spec):
-    """Queries, keys and values (B, T, N, heads, c) of x (B, T, N, d)."""
+def places_of(grid: tuple[int, int], num: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each of `num` tokens, those of a grid and then others, which are at its first place: 2 x (num,)."""
+    row, column = np.divmod(np.arange(num), grid[1])
+    return tuple(np.where(np.arange(num) < grid[0] * grid[1], x, 0) for x in (row, column))
+
+
+def positions(params) -> jax.Array:
+    """The learned positions in space (N, width), row by row."""
+    return params["space"].reshape(-1, params["space"].shape[-1])
+
+
+def project(p, x, spec: Spec, *places):
+    """Queries, keys and values (B, T, N, heads, c) of x (B, T, N, d), which is at these places."""
     q, k, v = jnp.split(dense(p["qkv"], rms_norm(p["norm"], x)), 3, axis=-1)
     q, k, v = (y.reshape(*x.shape[:-1], spec.heads, -1) for y in (q, k, v))
     if spec.qk_norm:
         q, k = rms_norm(p["qk_scale"][0], q), rms_norm(p["qk_scale"][1], k)
-    return q, k, v
+    return rotate(q, *places), rotate(k, *places), v
 
 
 def attend(q, k, v, mask=None) -> jax.Array:
@@ -109,14 +123,17 @@ def attend_past(q, k, v, past, mask, kind: Kind) -> jax.Array:
     return y.reshape(y.shape[0], 1, y.shape[1], -1)
 
 
-def block(p, x, spec: Spec, mask, time, past):
-    """x (B, T, N, d), past: none, or keys and values (B, N, heads, S, c) of frames before -> x, the new keys and values."""
+def block(p, x, spec: Spec, grid: tuple[int, int], mask, time, past):
+    """x (B, T, N, d), the grid's tokens first; past: none, or keys and values (B, N, heads, S, c) of frames before.
+
+    -> x, the new keys and values, () for vit.
+    """
     k = v = ()
     if "space" in p:
-        x = x + dense(p["space"]["out"], attend(*project(p["space"], x, spec)))
+        places = places_of(grid, x.shape[2])
+        x = x + dense(p["space"]["out"], attend(*project(p["space"], x, spec, *places)))
     if "time" in p:
-        q, k, v = project(p["time"], x, spec)
-        q, k = rotate(q, time), rotate(k, time)
+        q, k, v = project(p["time"], x, spec, time[:, None])
         y = attend_time(q, k, v, mask, spec.kind) if past is None else attend_past(q, k, v, past, mask, spec.kind)
         x = x + dense(p["time"]["out"], y)
     hidden = jax.nn.gelu(dense(p["ffn"]["up"], rms_norm(p["ffn"]["norm"], x)))
@@ -129,17 +146,17 @@ def st_blocks(params, x, spec: Spec, cache: Cache | None = None):
     A frame sees itself and the window - 1 frames before it, in every block; so keys and values of past frames never change, and
     the cached step gives what the whole sequence would.
     """
-    dtype = jnp.dtype(spec.dtype)
+    dtype, grid = jnp.dtype(spec.dtype), params["space"].shape[:2]
     blocks, x = jax.tree.map(lambda y: y.astype(dtype), (params["blocks"], x))
     if cache is None:
         time = jnp.arange(x.shape[1])
         ago = time[:, None] - time
         mask = (ago >= 0) & (ago < spec.window)
-        x, _ = jax.lax.scan(lambda x, p: (block(p, x, spec, mask, time, None)[0], None), x, blocks)
+        x, _ = jax.lax.scan(lambda x, p: (block(p, x, spec, grid, mask, time, None)[0], None), x, blocks)
         return x.astype(jnp.float32), None
     slots = spec.window - 1
     mask = jnp.append(jnp.arange(slots) < cache.t, True)[None]
-    step = lambda x, inputs: block(inputs[0], x, spec, mask, cache.t[None], inputs[1:])
+    step = lambda x, inputs: block(inputs[0], x, spec, grid, mask, cache.t[None], inputs[1:])
     x, new = jax.lax.scan(step, x, (blocks, cache.k, cache.v))
     k, v = jax.tree.map(lambda old, now: old.at[..., cache.t % slots, :].set(now[:, :, 0]), (cache.k, cache.v), new)
     return x.astype(jnp.float32), Cache(k, v, cache.t + 1)
@@ -155,15 +172,16 @@ def init_cache(params, spec: Spec, batch: int, num_tokens: int) -> Cache:
 
 def st(params, x, spec: Spec, extra=0.0, cache: Cache | None = None):
     """Input layer, plus positions and `extra`, blocks, output layer: (B, T, N, n_in) -> (B, T, N, n_out), cache."""
-    x, cache = st_blocks(params, dense(params["in"], x) + params["space"] + extra, spec, cache)
+    x, cache = st_blocks(params, dense(params["in"], x) + positions(params) + extra, spec, cache)
     return dense(params["out"], rms_norm(params["norm"], x)), cache
 
 
 # --- patches
 
 
-def num_patches(shape: tuple[int, int], patch: int) -> int:
-    return (shape[0] // patch) * (shape[1] // patch)
+def grid_of(shape: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    return shape[0] // patch, shape[1] // patch
 
 
 def patchify(frames, size: int) -> jax.Array:

@@ -17,7 +17,7 @@ import optax
 from common.env import select
 from common.nn import dense
 from common.run import Train
-from common.st import Cache, Spec, init_cache, init_st, num_patches, patchify, rms_norm, st_blocks
+from common.st import Cache, Spec, grid_of, init_cache, init_st, patchify, positions, rms_norm, st_blocks
 from envs.clips import Game, Source, make_source
 
 CONTEXT, AT_RANDOM = 4, 0.1  # frames that each block of a policy sees; the share of its actions that are random
@@ -38,7 +38,7 @@ def init_policy(key, config, shape: tuple[int, int], num: int) -> dict:
     """An ST transformer over frames, with a token where one of `num` actions is read."""
     key_st, key_token, key_action = jax.random.split(key, 3)
     width, pixels = config.tokenizer_width, 3 * config.patch**2
-    params = init_st(key_st, pixels, num, num_patches(shape, config.patch), width, config.bc_blocks, config)
+    params = init_st(key_st, pixels, num, grid_of(shape, config.patch), width, config.bc_blocks, config)
     token, action = 0.1 * jax.random.normal(key_token, (width,)), 0.1 * jax.random.normal(key_action, (num, width))
     return params | {"token": token, "action": action}
 
@@ -46,10 +46,10 @@ def init_policy(key, config, shape: tuple[int, int], num: int) -> dict:
 def policy(params, frames, before, config, cache: Cache | None = None):
     """pi(a_t | x_{t-3:t}, a_{<t}): frames (B, T, H, W, 3), the action before each (B, T), -1: none -> logits (B, T, n), cache."""
     before = jax.nn.one_hot(before, len(params["action"])) @ params["action"]
-    h = dense(params["in"], patchify(frames, config.patch)) + params["space"] + before[:, :, None]
+    h = dense(params["in"], patchify(frames, config.patch)) + positions(params) + before[:, :, None]
     token = jnp.broadcast_to(params["token"], (*h.shape[:2], 1, h.shape[-1]))
-    h, cache = st_blocks(params, jnp.concatenate([token, h], axis=2), Spec(config.heads, CONTEXT), cache)
-    return dense(params["out"], rms_norm(params["norm"], h[:, :, 0])), cache
+    h, cache = st_blocks(params, jnp.concatenate([h, token], axis=2), Spec(config.heads, CONTEXT), cache)
+    return dense(params["out"], rms_norm(params["norm"], h[:, :, -1])), cache
 
 
 def cloning_loss(params, frames, actions, config) -> jax.Array:
@@ -77,7 +77,7 @@ def play_levels(key, game: Game, act, memory) -> jax.Array:
 def play_policy(key, game: Game, params, meaning, config) -> jax.Array:
     """A policy's games. `meaning` (n, keys): how often each of its actions was seen with each of the game's, which is drawn so."""
     keys = meaning.shape[1]
-    tokens = params["space"].shape[0] + 1
+    tokens = len(positions(params)) + 1
     none = jnp.full((game.num_levels, 1), -1)
     memory = (init_cache(params, Spec(config.heads, CONTEXT), game.num_levels, tokens), none)
 

@@ -43,7 +43,7 @@ def test_blocks_are_causal_and_cached_steps_equal_the_whole(kind):
     """A frame changes itself and (but for vit) those that can see it, none before; step by step gives the whole sequence's numbers,
     also beyond the window, where the oldest frames have left the cache."""
     spec, length = st.Spec(2, 3, kind, qk_norm=True), 8
-    params = st.init_st(jax.random.key(0), 4, 6, 3, 8, 2, TINY, kind)
+    params = st.init_st(jax.random.key(0), 4, 6, (1, 3), 8, 2, TINY, kind)
     x = jax.random.normal(jax.random.key(1), (2, length, 3, 4))
     run = jax.jit(lambda x: st.st(params, x, spec)[0])
     whole, other = run(x), run(x.at[:, 2].add(1.0))

@@ -109,11 +109,12 @@ def settings(size: str):
 def sample_ours(mode: str, size: str) -> dict:
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from algos import genie
 
     config, shape, window = settings(size), (64, 64), settings(size).num_frames
-    num = genie.num_patches(shape, config.patch)
+    num = int(np.prod(genie.grid_of(shape, config.patch)))
     inits = dict(tokenizer=genie.init_tokenizer, lam=genie.init_lam, dynamics=genie.init_dynamics)
     params = jax.jit(lambda key: {name: init(key, config, shape) for name, init in inits.items()})(jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (1, window, num), 0, config.num_codes)
