@@ -14,8 +14,9 @@ Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 Expect:  not measured yet; videos/controls.gif shows what each code does, a column each
 
 Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):
- 1. Codes are compared on the unit sphere, beta is 0.25, and a code unused for `restart_unused` updates begins anew at an
-    encoder's output (the codebook's update is not given).
+ 1. Codes are compared on the unit sphere, beta is 0.25 (not given), codebooks follow the encoder by a moving average instead of
+    ||sg(e) - q||^2 (how is not given; by the gradient, at these learning rates, few codes lag behind and collapse), and a code
+    unused for `restart_unused` updates begins anew at an encoder's output.
  2. Positions are rotary in time and space, and in space learned too; pre-norm; feed-forward layers of `ffn` times the width (none
     of it is given).
  3. An action token is added to every frame of the latent action model's encoder, and read there (not given).
@@ -145,6 +146,8 @@ class Config(RunConfig):
     """Probability that a clip's first frames, a random number of them, are not masked."""
     beta: float = 0.25
     """Weight of the commitment loss."""
+    codebook_decay: float = 0.9
+    """Codes move by 1 - codebook_decay of the way to the mean of what they stood for in an update."""
     restart_unused: int = 50
     """Updates after which a code that was not used begins anew; 0: never."""
 
@@ -189,7 +192,7 @@ class Config(RunConfig):
             field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused", "port")
         ):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2")
+        require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2", "codebook_decay")
         require_range(self, 0, 1000, "beta", "weight_decay")
         require_range(self, 0, MAX_TEMPERATURE, "temperature")
         require_range(self, 0, 65535, "port")
@@ -237,16 +240,24 @@ def unit(x) -> jax.Array:
 
 
 def quantise(codebook, e):
-    """The nearest code of e (..., code_dim): straight-through, its index, ||sg(e) - q||^2 and ||e - sg(q)||^2 (1711.00937)."""
+    """The nearest code of e (..., code_dim): straight-through, its index, ||e - sg(q)||^2 (1711.00937)."""
     codebook = unit(codebook)
     index = (e @ codebook.T).argmax(-1)  # on the unit sphere the nearest is the one of largest product
     q, sg = codebook[index], jax.lax.stop_gradient
-    return e + sg(q - e), index, ((sg(e) - q) ** 2).mean(), ((e - sg(q)) ** 2).mean()
+    return e + sg(q - e), index, ((e - sg(q)) ** 2).mean()
+
+
+def follow(codebook, index, e, decay: float):
+    """Codes that outputs e (M, code_dim) chose, index (M,), move towards their mean (1711.00937, appendix A.1), on the sphere."""
+    chosen, old = jax.nn.one_hot(index, len(codebook)), unit(codebook)
+    count = chosen.sum(0)[:, None]
+    mean = chosen.T @ e / jnp.maximum(count, 1)
+    return jnp.where(count > 0, unit(decay * old + (1 - decay) * mean), old)
 
 
 def restart(key, codebook, unused, index, e, after: int):
     """Codes that were not used for `after` updates begin anew at outputs e (M, code_dim) of the encoder -> codebook, unused."""
-    unused = (unused + 1).at[index.reshape(-1)].set(0)
+    unused = (unused + 1).at[index].set(0)
     if not after:
         return codebook, unused
     dead = unused >= after
@@ -290,14 +301,14 @@ def decode(params, tokens, config: Config, cache: Cache | None = None):
 
 
 def tokenizer_loss(params, frames, config: Config):
-    """||x - x^||^2 + ||sg(e) - q||^2 + beta ||e - sg(q)||^2 -> loss, (metrics, indices, encoder outputs)."""
+    """||x - x^||^2 + beta ||e - sg(q)||^2 -> loss, (metrics, indices, encoder outputs)."""
     x = patchify(frames, config.patch)
     e = encode(params, x, config)
-    q, index, codebook, commit = quantise(params["codebook"], e)
+    q, index, commit = quantise(params["codebook"], e)
     out = jax.nn.sigmoid(st(params["decoder"], q, tokenizer_spec(config))[0])
     error = ((x - out) ** 2).mean()
     metrics = {"tokenizer_loss": error, "tokenizer_perplexity": perplexity(index, config.num_codes), "tokenizer_commit": commit}
-    return error + codebook + config.beta * commit, (metrics, index, e)
+    return error + config.beta * commit, (metrics, index, e)
 
 
 # --- latent action model (section 2.1, appendix C.1)
@@ -345,15 +356,15 @@ def lam_view(params, frames, config: Config) -> jax.Array:
 
 
 def lam_loss(params, x, config: Config):
-    """The decoder's squared error over the variance, and the codebook's terms.
+    """The decoder's squared error over the variance, and beta ||e - sg(q)||^2.
 
     -> loss, (metrics, codes (B, T - 1, code_dim), indices, outputs of the encoder).
     """
     e = infer_actions(params, x, config)
-    q, index, codebook, commit = quantise(params["codebook"], e)
+    q, index, commit = quantise(params["codebook"], e)
     error = ((predict_next(params, x[:, :-1], q, config) - x[:, 1:]) ** 2).mean()
     metrics = {"lam_loss": error, "lam_perplexity": perplexity(index, config.num_actions), "lam_commit": commit}
-    return error / x.var() + codebook + config.beta * commit, (metrics, q, index, e)
+    return error / x.var() + config.beta * commit, (metrics, q, index, e)
 
 
 # --- dynamics (section 2.1)
@@ -535,8 +546,10 @@ def make_train(config: Config) -> Train:
         return optax.apply_updates(params, updates), opt_state
 
     def renew(key, part, unused, index, e):
-        """The part with unused codes begun anew -> part, unused."""
-        codebook, unused = restart(key, part["codebook"], unused, index, e.reshape(-1, config.code_dim), config.restart_unused)
+        """The part with its codebook brought up to date -> part, unused."""
+        index, e = index.reshape(-1), e.reshape(-1, config.code_dim)
+        codebook = follow(part["codebook"], index, e, config.codebook_decay)
+        codebook, unused = restart(key, codebook, unused, index, e, config.restart_unused)
         return part | {"codebook": codebook}, unused
 
     def learn_tokenizer(state: State):

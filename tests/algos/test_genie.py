@@ -84,14 +84,22 @@ def test_quantiser_takes_the_nearest_and_lets_gradients_straight_through():
     np.testing.assert_allclose(q, [[0, 1], [1, 0]], atol=1e-6)
     weights = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     np.testing.assert_allclose(jax.grad(lambda e: (genie.quantise(codebook, e)[0] * weights).sum())(e), weights)
-    of_codes = lambda codebook, place: genie.quantise(codebook, e)[place].sum()
-    assert np.abs(jax.grad(of_codes)(codebook, 2)).sum() > 0.1, "the codebook does not follow the encoder"
-    assert not np.asarray(jax.grad(of_codes)(codebook, 0)).any() and not np.asarray(jax.grad(of_codes)(codebook, 3)).any()
+    assert not np.asarray(jax.grad(lambda codebook: sum(genie.quantise(codebook, e)[i].sum() for i in (0, 2)))(codebook)).any()
+    assert np.abs(jax.grad(lambda e: genie.quantise(codebook, e)[2])(e)).sum() > 0.1, "the encoder does not keep to the codes"
+
+
+def test_codes_follow_what_they_stand_for():
+    codebook = jnp.array([[2.0, 0.0], [0.0, 0.5], [-1.0, 0.0]])
+    e = jnp.array([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    new = genie.follow(codebook, jnp.array([0, 0, 1]), e, 0.75)
+    moved = 0.75 * np.array([1.0, 0.0]) + 0.25 * np.array([0.8, 0.4])
+    np.testing.assert_allclose(new, [moved / np.linalg.norm(moved), [0, 1], [-1, 0]], atol=1e-6)
+    np.testing.assert_allclose(genie.follow(codebook, jnp.array([0, 0, 1]), e, 1.0), [[1, 0], [0, 1], [-1, 0]], atol=1e-6)
 
 
 def test_only_codes_unused_for_long_begin_anew():
     codebook, e = jnp.zeros((3, 2)), jnp.ones((4, 2))
-    new, unused = genie.restart(jax.random.key(0), codebook, jnp.array([9, 9, 5]), jnp.array([[0, 0]]), e, 10)
+    new, unused = genie.restart(jax.random.key(0), codebook, jnp.array([9, 9, 5]), jnp.array([0, 0]), e, 10)
     np.testing.assert_array_equal(new, [[0, 0], [1, 1], [0, 0]])
     np.testing.assert_array_equal(unused, [0, 0, 6])
 
