@@ -5,7 +5,8 @@ Run:  python results/reproduce.py ued [--seed 0 1000] [--num-seeds 4] [--out run
 
 --seed begins a set of --num-seeds seeds; several sets are trained one after another and pooled. Training runs go to
 --out/SEED/METHOD and are resumed, or reused, when they are there already. Prints the table of claims, writes claims.json,
-README.md, table.md and the figures to --out (with --publish also to results/METHOD/).
+README.md, table.md and the figures to --out (with --publish also to results/METHOD/). Where runs are long they are kept:
+`--out results/METHOD/runs` makes tables and figures of those again, without training.
 
 A claim that holds in results/METHOD/claims.json, over all its seeds and in each of its sets alone, is promised: the program exits
 with code 1 if a promised claim does not hold here.
@@ -85,6 +86,13 @@ def run_bench_table(bench: dict) -> str:
     return how + "\n\n" + "\n".join(lines)
 
 
+def keep_runs(sets: list[dict], folder: Path, seeds: list[int]) -> None:
+    """Copies what the runs wrote, but not their checkpoints, to folder/SEED/NAME."""
+    for seed, runs in zip(seeds, sets, strict=True):
+        for run in runs.values():
+            shutil.copytree(run, folder / str(seed) / run.name, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=[*METHODS, "readme"])
@@ -92,6 +100,7 @@ def main() -> None:
     parser.add_argument("--num-seeds", type=int, default=4)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--publish", action="store_true", help="also write results/METHOD/")
+    parser.add_argument("--keep", action="store_true", help="also copy the runs, without checkpoints, to results/METHOD/runs")
     args = parser.parse_args()
     if args.method == "readme":
         path = ROOT / "README.md"
@@ -113,6 +122,8 @@ def main() -> None:
         (folder / "README.md").write_text(page(args.method, args.seed, claims, table, figures))
         for name in figures if folder != out else []:
             shutil.copy(out / name, folder / name)
+    if args.keep:
+        keep_runs(sets, published / "runs", args.seed)
     print(claims_table(claims))
     holds = {claim["id"]: claim["holds"] for claim in claims}
     broken = [f"{c['id']} ({holds.get(c['id'])})" for c in promised if is_promised(c) and holds.get(c["id"]) != "yes"]
