@@ -87,10 +87,13 @@ def run_bench_table(bench: dict) -> str:
 
 
 def keep_runs(sets: list[dict], folder: Path, seeds: list[int]) -> None:
-    """Copies what the runs wrote, but not their checkpoints, to folder/SEED/NAME."""
+    """Copies what the runs wrote to folder/SEED/NAME, without checkpoints and without where they were on this machine."""
     for seed, runs in zip(seeds, sets, strict=True):
         for run in runs.values():
-            shutil.copytree(run, folder / str(seed) / run.name, ignore=shutil.ignore_patterns("checkpoints"), dirs_exist_ok=True)
+            kept = folder / str(seed) / run.name
+            shutil.copytree(run, kept, ignore=shutil.ignore_patterns("checkpoints", "config.json"), dirs_exist_ok=True)
+            found = json.loads((kept / "summary.json").read_text())
+            (kept / "summary.json").write_text(json.dumps(found | {"config": found["config"] | {"out": None}}, indent=1) + "\n")
 
 
 def main() -> None:
