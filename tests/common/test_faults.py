@@ -25,8 +25,9 @@ def command(*flags):
 
 
 def toy(folder, *flags, before=()):
-    """Runs the toy in a folder; `before` comes before its command."""
-    return subprocess.run([*before, *command(*flags)], cwd=folder, capture_output=True, text=True, timeout=120)
+    """Runs the toy in a folder; `before` comes before its command: without a cache then, whose files would be cut off too."""
+    env = os.environ | ({"JAX_ENABLE_COMPILATION_CACHE": "false"} if before else {})
+    return subprocess.run([*before, *command(*flags)], cwd=folder, capture_output=True, text=True, timeout=120, env=env)
 
 
 def begun(folder, *flags):
