@@ -14,9 +14,8 @@ Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 Expect:  not measured yet; videos/controls.gif shows what each code does, a column each
 
 Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):
- 1. Codes are compared on the unit sphere, beta is 0.25 (not given), codebooks follow the encoder by a moving average instead of
-    ||sg(e) - q||^2 (how is not given; by the gradient, at these learning rates, few codes lag behind and collapse), and a code
-    unused for `restart_unused` updates begins anew at an encoder's output.
+ 1. Codes are compared on the unit sphere, beta is 0.25 (not given), codebooks follow the encoder by a moving average (by the
+    gradient of ||sg(e) - q||^2), and a code unused for `restart_unused` updates begins anew at an encoder's output.
  2. Positions are rotary in time and space, and in space learned too; pre-norm; feed-forward layers of `ffn` times the width (none
     of it is given).
  3. An action token is added to every frame of the latent action model's encoder, and read there (not given).
@@ -25,8 +24,8 @@ Differs from the paper (its own way in brackets; the `cpu` preset also changes t
  5. With probability `clean_context` a clip's frames before a random one are unmasked, as they are when it is played (0).
  6. Frames within a clip are not masked at frame 1 (as the paper) and the loss is on masked tokens only (not given).
  7. t = 4 counts generated frames, after a prompt of `prompt_frames`; random codes are uniform; PSNR is averaged in dB over clips.
- 8. The latent action model's error is divided by the variance of what it sees (not given): on plain pictures the codebook's terms
-    would outweigh it, and all changes share a code. Its decoder's output is added to the frame before (not given).
+ 8. The latent action model's error is divided by the variance of what it sees (not given), so that beta weighs the same on plain
+    pictures. Its decoder's output is added to the frame before (the next frame, through a sigmoid).
 """
 
 from collections.abc import Callable
@@ -341,7 +340,7 @@ def infer_actions(params, x, config: Config):
 def predict_next(params, x, actions, config: Config) -> jax.Array:
     """x_1..x_{T-1} (B, T - 1, N, n_in), codes (B, T - 1, code_dim) -> x_2..x_T, where x_{t+1} comes from x_1..x_t, a_1..a_t.
 
-    The decoder says what changes. If it had to draw whole frames, codes would first learn to say where things are.
+    The decoder says what changes, so that codes need not say where things are.
     """
     out, _ = st(params["decoder"], x, Spec(config.heads, config.num_frames), (actions @ params["action"])[:, :, None])
     return x + out

@@ -12,22 +12,23 @@ Paper:   --preset paper
 Expect:  not measured yet; a run ends with 200 whole matches against each of three bots
 
 A run's league is in league.npz (`load_league` of envs/football_team.py reads it); matches.json tells how whole matches against the
-bots ended. The league that is shipped is envs/data/football_league.npz; how it was made is in its `meta`, and a run's league.npz
-can take its place.
+bots ended. The league that is shipped is envs/data/football_league.npz; its `meta` has the command and the commit that made it (on
+levels of 128 steps), and a run's league.npz can take its place.
 
 Differs from the paper (2302.07515; its training code is not public, so what is not in the paper is chosen here):
  1. The world is envs/football.py, not the Google Research Football engine, and the bots are envs/football_bots.py's.
  2. A player's network is a perceptron with two hidden layers over the team's view and his own, without memory (six encoders, an
     LSTM of 256, and a head that predicts who he is); 64 units wide, with --preset paper 256.
- 3. Training and league are on levels that end with a goal or after `horizon` steps, 256 in the cpu preset, so that an attack that
-    fails can be answered (whole matches, 3000 steps). MADRID's levels have 128.
+ 3. Training and league are on levels that end with a goal or after 256 steps, so that an attack that fails can be answered (whole
+    matches, 3000 steps). MADRID's levels have 128.
  4. The ladder's rungs are this file's (ten levels; there as here a team climbs by winning, and what changes is the opponent's
     strength and where players and ball are); it climbs with time too, and goes on playing lower rungs. Bots stay at its top.
  5. Masked are actions that would do nothing, and slides without an opponent on the ball (others too, such as shots from afar).
  6. The world's checkpoint reward is added. Players begin with a liking for idling, which keeps them running where they run.
  7. The learner plays on the left: the world turns the pitch for the right team. No random actions at the start of levels, which are
     random themselves.
- 8. Rewards of a step are larger, so that they weigh in a level what the paper's weigh in a match of 3000.
+ 8. Rewards of a step are larger, so that they weigh in a level what the paper's weigh in a match of 3000 steps (hold 1e-4, pass
+    0.05, grouping -0.001, out of bounds -0.001, which is read here as a player beyond the lines).
  9. One computer's rollout and learning in turn (distributed actors and learners for 45 days).
 """
 
@@ -63,7 +64,7 @@ class Config(RunConfig):
     """Updates per seed: each plays num_matches levels, one after another for `horizon` steps, and learns from them."""
     num_matches: int = 256
     """Matches side by side."""
-    horizon: int = 128
+    horizon: int = 256
     """Steps of a level, 0.1 s each; a goal ends it before."""
     hidden: int = 64
     """Width of the two hidden layers of players and critic."""
@@ -150,7 +151,7 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
 PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
-CPU = Config(preset="cpu", num_updates=1600, num_matches=128, horizon=256, log_every=5, eval_every=200, save_every=200)
+CPU = Config(preset="cpu", num_updates=1600, num_matches=128, log_every=5, eval_every=200, save_every=200)
 
 
 class State(NamedTuple):

@@ -5,8 +5,8 @@ Run:  python results/reproduce.py ued [--seed 0 1000] [--num-seeds 4] [--out run
 
 --seed begins a set of --num-seeds seeds; several sets are trained one after another and pooled. Training runs go to
 --out/SEED/METHOD and are resumed, or reused, when they are there already. Prints the table of claims, writes claims.json,
-README.md, table.md and the figures to --out (with --publish also to results/METHOD/). Where runs are long they are kept:
-`--out results/METHOD/runs` makes tables and figures of those again, without training.
+README.md, table.md and the figures to --out (with --publish also to results/METHOD/). What long runs
+measured is kept in results/METHOD/runs (by --keep): --kept takes it from there, and trains only what is missing.
 
 A claim that holds in results/METHOD/claims.json, over all its seeds and in each of its sets alone, is promised: the program exits
 with code 1 if a promised claim does not hold here.
@@ -96,6 +96,13 @@ def keep_runs(sets: list[dict], folder: Path, seeds: list[int]) -> None:
             (kept / "summary.json").write_text(json.dumps(found | {"config": found["config"] | {"out": None}}, indent=1) + "\n")
 
 
+def take_kept(folder: Path, out: Path, seeds: list[int]) -> None:
+    """Copies kept runs, of those seeds that there are, to where training would put them."""
+    for seed in seeds:
+        if (folder / str(seed)).is_dir():
+            shutil.copytree(folder / str(seed), out / str(seed), dirs_exist_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=[*METHODS, "readme"])
@@ -104,6 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--publish", action="store_true", help="also write results/METHOD/")
     parser.add_argument("--keep", action="store_true", help="also copy the runs, without checkpoints, to results/METHOD/runs")
+    parser.add_argument("--kept", action="store_true", help="begin with the runs in results/METHOD/runs")
     args = parser.parse_args()
     if args.method == "readme":
         path = ROOT / "README.md"
@@ -112,11 +120,12 @@ def main() -> None:
     if args.num_seeds < 2:
         parser.error("--num-seeds must be at least 2: a claim needs a spread")
     out = args.out or Path("runs") / "reproduce" / args.method
-    method = METHODS[args.method]
+    method, published = METHODS[args.method], ROOT / "results" / args.method
+    if args.kept:
+        take_kept(published / "runs", out, args.seed)
     sets = [method.train(seed, args.num_seeds, out / str(seed)) for seed in args.seed]
     claims = with_verdicts(method.claims, sets)
     table, figures = method.report(sets, out)
-    published = ROOT / "results" / args.method
     promised = json.loads((published / "claims.json").read_text()) if (published / "claims.json").exists() else []
     for folder in [out, published] if args.publish else [out]:
         folder.mkdir(parents=True, exist_ok=True)

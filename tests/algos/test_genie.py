@@ -69,6 +69,18 @@ def test_attention_against_numpy():
         np.testing.assert_allclose(found[:, head], weight @ np.asarray(v)[:, head], atol=1e-5)
 
 
+def test_rotary_positions_know_only_differences():
+    """In a grid of 4 x 5: products of queries and keys are the same wherever two tokens are as far apart, and for no others."""
+    row, column = places = st.places_of((4, 5), 21)
+    assert row[[6, 19, 20]].tolist() == [1, 3, 0] and column[[6, 19, 20]].tolist() == [1, 4, 0]
+    q, k = (jnp.broadcast_to(jax.random.normal(jax.random.key(i), (2, 8)), (21, 2, 8)) for i in range(2))
+    product = np.asarray(jnp.einsum("qhc,khc->qkh", st.rotate(q, *places), st.rotate(k, *places)))
+    at = lambda r, c: 5 * r + c
+    np.testing.assert_allclose(product[at(0, 1), at(2, 0)], product[at(1, 4), at(3, 3)], atol=1e-5)
+    for other in (at(1, 0), at(2, 1), at(3, 1)):
+        assert np.abs(product[at(0, 1), at(2, 0)] - product[at(0, 1), other]).min() > 1e-3
+
+
 def test_patches_come_back_and_hold_neighbours():
     frames = frames_of(jax.random.key(0))
     patches = st.patchify(frames, 8)

@@ -37,6 +37,7 @@ from harness import ROOT, count_flops, is_worker, machine, measure, medians, not
 OUT = ROOT / "results" / "bench" / "genie.json"
 CACHE = Path(tempfile.gettempdir()) / f"nightjax-bench-{os.getpid()}"
 ENVS = (64, 256)
+CLIPS, FRAMES, PATCHES, STEPS = 2, 16, 64, 4  # of the training parts
 
 
 # --- workers: each prints one JSON object as its last line
@@ -96,14 +97,15 @@ def coinrun_peer(mode: str, num_envs: str) -> dict:
     return rate(run, num * steps)
 
 
-def settings(size: str):
-    """The sizes that are measured."""
+def settings(size: str, **more):
+    """The sizes that are measured: the cpu preset's, or jafar's small ones."""
     from dataclasses import replace
 
     from algos.genie import CPU
 
-    small = dict(num_frames=16, num_codes=1024, tokenizer_width=128, encoder_blocks=4, decoder_blocks=4, dynamics_blocks=6)
-    return {"cpu": CPU, "small": replace(CPU, **small)}[size]
+    small = dict(num_frames=FRAMES, num_codes=1024, encoder_blocks=4, decoder_blocks=4, lam_blocks=4, dynamics_blocks=6)
+    small |= dict(tokenizer_width=128, lam_width=128, dynamics_width=128)
+    return replace(CPU, **(small if size == "small" else {}), **more)
 
 
 def sample_ours(mode: str, size: str) -> dict:
@@ -178,11 +180,6 @@ def ratios_coinrun(runs: dict) -> dict:
     return found
 
 
-CLIPS, FRAMES, PATCHES, STEPS = 2, 16, 64, 4
-SMALL = dict(num_frames=FRAMES, num_codes=1024, encoder_blocks=4, decoder_blocks=4, lam_blocks=4, dynamics_blocks=6, ffn=1)
-SMALL |= dict(tokenizer_width=128, lam_width=128, dynamics_width=128)
-
-
 def block_products(blocks: int, width: int, num: int, ffn: int = 1) -> list[tuple[int, int, int, int, int]]:
     """The products of ST blocks over `num` tokens a frame, as harness.time_products wants them."""
     tokens, wide = CLIPS * FRAMES * num, width // 4
@@ -214,9 +211,6 @@ def train_matmuls(part: str) -> dict:
 
 
 def train_ours(part: str) -> dict:
-    import tempfile
-    from dataclasses import replace
-
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -228,8 +222,8 @@ def train_ours(part: str) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
         np.savez(file, videos)
         file.flush()
-        config = replace(genie.CPU, **SMALL, data=file.name, tokenizer_batch=CLIPS, batch_size=CLIPS)
-        config = replace(config, stage="dynamics" if part == "world" else part)
+        stage = "dynamics" if part == "world" else part
+        config = settings("small", ffn=1, stage=stage, data=file.name, tokenizer_batch=CLIPS, batch_size=CLIPS)
         train = genie.make_train(config)
     state = jax.jit(train.init)(jax.random.key(0))
     if part == "dynamics":
@@ -237,11 +231,9 @@ def train_ours(part: str) -> dict:
         loss = lambda p, *x: genie.dynamics_loss(p, *x, config)
 
         def step(carry, t):
-            dynamics, opt_state = carry
-            tokens = genie.tokenise(state.params["tokenizer"], frames + t.astype(jnp.uint8), config)  # anew every time
-            grads, _ = jax.grad(loss, has_aux=True)(
-                dynamics, jax.random.key(t), tokens, genie.actions_of(state.params, frames + t.astype(jnp.uint8), config)[0]
-            )
+            (dynamics, opt_state), seen = carry, frames + t.astype(jnp.uint8)  # read anew in every step
+            tokens, codes = genie.tokenise(state.params["tokenizer"], seen, config), genie.actions_of(state.params, seen, config)[0]
+            grads, _ = jax.grad(loss, has_aux=True)(dynamics, jax.random.key(t), tokens, codes)
             updates, opt_state = tx.update(grads, opt_state, dynamics)
             return (optax.apply_updates(dynamics, updates), opt_state), None
 
@@ -339,6 +331,8 @@ def main() -> None:
     args = parser.parse_args()
     if is_worker(args, WORKERS):
         return
+    if args.jafar and not args.peer_python:
+        parser.error("--jafar: needs --peer-python")
     env = {"JAX_COMPILATION_CACHE_DIR": str(CACHE), "JAX_NUM_CPU_DEVICES": "1"}
     start = lambda *request: measure(__file__, *request, **env)
     summary = json.loads(OUT.read_text()) if OUT.exists() else {}

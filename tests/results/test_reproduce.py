@@ -123,6 +123,8 @@ def test_kept_runs_have_all_but_checkpoints(reproduce, tmp_path):
     kept = sorted(str(path.relative_to(tmp_path / "kept")) for path in (tmp_path / "kept").rglob("*") if path.is_file())
     assert kept == ["7/study/arrays/loss.npy", "7/study/summary.json"]
     assert json.loads((tmp_path / "kept/7/study/summary.json").read_text())["config"] == {"out": None, "seed": 7}
+    reproduce.take_kept(tmp_path / "kept", tmp_path / "out", [7, 8])
+    assert sorted(path.name for path in (tmp_path / "out" / "7" / "study").rglob("*.*")) == ["loss.npy", "summary.json"]
 
 
 def test_finished_runs_are_reused_and_others_go_on(measure, tmp_path, monkeypatch):
