@@ -147,6 +147,8 @@ class Config(RunConfig):
     """Weight of the commitment loss."""
     codebook_decay: float = 0.9
     """Codes move by 1 - codebook_decay of the way to the mean of what they stood for in an update."""
+    lam_bypass: float = 0.5
+    """Probability that the latent actions' decoder gets a clip's codes as they were before quantisation, in training."""
     restart_unused: int = 50
     """Updates after which a code that was not used begins anew; 0: never."""
 
@@ -191,7 +193,7 @@ class Config(RunConfig):
             field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused", "port")
         ):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2", "codebook_decay")
+        require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2", "codebook_decay", "lam_bypass")
         require_range(self, 0, 1000, "beta", "weight_decay")
         require_range(self, 0, MAX_TEMPERATURE, "temperature")
         require_range(self, 0, 65535, "port")
@@ -354,14 +356,15 @@ def lam_view(params, frames, config: Config) -> jax.Array:
     return jax.lax.stop_gradient(codes)
 
 
-def lam_loss(params, x, config: Config):
+def lam_loss(params, key, x, config: Config):
     """The decoder's squared error over the variance, and beta ||e - sg(q)||^2.
 
     -> loss, (metrics, codes (B, T - 1, code_dim), indices, outputs of the encoder).
     """
     e = infer_actions(params, x, config)
     q, index, commit = quantise(params["codebook"], e)
-    error = ((predict_next(params, x[:, :-1], q, config) - x[:, 1:]) ** 2).mean()
+    bypass = jax.random.uniform(key, (len(x), 1, 1)) < config.lam_bypass
+    error = ((predict_next(params, x[:, :-1], jnp.where(bypass, e, q), config) - x[:, 1:]) ** 2).mean()
     metrics = {"lam_loss": error, "lam_perplexity": perplexity(index, config.num_actions), "lam_commit": commit}
     return error / x.var() + config.beta * commit, (metrics, q, index, e)
 
@@ -564,20 +567,20 @@ def make_train(config: Config) -> Train:
 
     def world_loss(params, frozen, key, frames):
         """Both losses of stage 2; no gradient goes from the dynamics to the codes, nor to the tokenizer."""
-        x = lam_view(frozen, frames, config)
-        loss, (metrics, q, index, e) = lam_loss(params["lam"], x, config)
+        x, (key_lam, key_mask) = lam_view(frozen, frames, config), jax.random.split(key)
+        loss, (metrics, q, index, e) = lam_loss(params["lam"], key_lam, x, config)
         if "dynamics" in params:
             tokens = tokenise(frozen["tokenizer"], frames, config)
-            more, dynamics_metrics = dynamics_loss(params["dynamics"], key, tokens, jax.lax.stop_gradient(q), config)
+            more, dynamics_metrics = dynamics_loss(params["dynamics"], key_mask, tokens, jax.lax.stop_gradient(q), config)
             loss, metrics = loss + more, metrics | dynamics_metrics
         return loss, (metrics, index, e)
 
     def learn_world(state: State):
         """One step of stage 2: latent actions and dynamics on the same clips."""
-        key, key_draw, key_mask, key_codes = jax.random.split(state.key, 4)
+        key, key_draw, key_loss, key_codes = jax.random.split(state.key, 4)
         clips, world = source.draw(key_draw, state.world, config.batch_size)
         params, frames = {name: state.params[name] for name in parts}, shard_batch(clips.frames)
-        grads, (metrics, index, e) = jax.grad(world_loss, has_aux=True)(params, state.params, key_mask, frames)
+        grads, (metrics, index, e) = jax.grad(world_loss, has_aux=True)(params, state.params, key_loss, frames)
         params, opt_state = descend("world", params, state.opt_state["world"], grads)
         lam, unused = renew(key_codes, params["lam"], state.unused["lam"], index, e)
         opt_state, unused = state.opt_state | {"world": opt_state}, state.unused | {"lam": unused}

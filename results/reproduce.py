@@ -51,10 +51,10 @@ def is_promised(claim: dict) -> bool:
 # --- what is written
 
 
-def page(method: str, seeds: list[int], claims: list[dict], table: str, figures: list[str]) -> str:
+def page(method: str, seeds: list[int], num_seeds: int, claims: list[dict], table: str, figures: list[str]) -> str:
     """results/METHOD/README.md."""
     images = "\n\n".join(f"![{Path(name).stem}]({name})" for name in figures)
-    command = f"python results/reproduce.py {method} --seed {' '.join(map(str, seeds))}"
+    command = f"python results/reproduce.py {method} --seed {' '.join(map(str, seeds))} --num-seeds {num_seeds}"
     return f"# {method}: measured\n\nWritten by `{command}`.\n\n{claims_table(claims)}\n\n{table}\n\n{images}\n"
 
 
@@ -87,11 +87,11 @@ def run_bench_table(bench: dict) -> str:
 
 
 def keep_runs(sets: list[dict], folder: Path, seeds: list[int]) -> None:
-    """Copies what the runs wrote to folder/SEED/NAME, without checkpoints and without where they were on this machine."""
+    """Copies what the runs wrote to folder/SEED/NAME, without checkpoints, figures, and where they were on this machine."""
     for seed, runs in zip(seeds, sets, strict=True):
         for run in runs.values():
             kept = folder / str(seed) / run.name
-            shutil.copytree(run, kept, ignore=shutil.ignore_patterns("checkpoints", "config.json"), dirs_exist_ok=True)
+            shutil.copytree(run, kept, ignore=shutil.ignore_patterns("checkpoints", "figures", "config.json"), dirs_exist_ok=True)
             found = json.loads((kept / "summary.json").read_text())
             (kept / "summary.json").write_text(json.dumps(found | {"config": found["config"] | {"out": None}}, indent=1) + "\n")
 
@@ -131,7 +131,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "claims.json").write_text(json.dumps(claims, indent=1) + "\n")
         (folder / "table.md").write_text(table + "\n")
-        (folder / "README.md").write_text(page(args.method, args.seed, claims, table, figures))
+        (folder / "README.md").write_text(page(args.method, args.seed, args.num_seeds, claims, table, figures))
         for name in figures if folder != out else []:
             shutil.copy(out / name, folder / name)
     if args.keep:
