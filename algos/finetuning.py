@@ -315,30 +315,36 @@ def layer_norm(x, gain, shift) -> jax.Array:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-5) * gain + shift
 
 
-def attend(qkv, heads: int) -> tuple[jax.Array, jax.Array]:
-    """qkv (B, S, 3 d) -> what the heads read (B, S, d), causal attention (B, heads, S, S)."""
-    num, size, _ = qkv.shape
-    q, k, v = (x.reshape(num, size, heads, -1) for x in jnp.split(qkv, 3, -1))
+def attend(q, k, v, seen, heads: int) -> tuple[jax.Array, jax.Array]:
+    """q (B, Q, d), k, v (B, S, d), which places are seen (Q, S) -> what the heads read (B, Q, d), attention (B, heads, Q, S)."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    attention = jax.nn.softmax(jnp.where(np.tri(size, dtype=bool), scores, -1e9))
-    return jnp.einsum("bhqk,bkhd->bqhd", attention, v).reshape(num, size, -1), attention
+    attention = jax.nn.softmax(jnp.where(seen, scores, -1e9))
+    read = jnp.einsum("bhqk,bkhd->bqhd", attention, v)
+    return read.reshape(*read.shape[:2], -1), attention
+
+
+def block(p, x, read):
+    """Residual stream (B, S, d) -> after a block. read: queries, keys, values (B, S, 3 d) -> (B, S, d), what else it returns."""
+    y, other = read(layer_norm(x, p["norm1"], p["norm1_b"]) @ p["qkv"] + p["qkv_b"])
+    x = x + y @ p["proj"] + p["proj_b"]
+    hidden = jax.nn.gelu(layer_norm(x, p["norm2"], p["norm2_b"]) @ p["up"] + p["up_b"])
+    return x + hidden @ p["down"] + p["down_b"], other
 
 
 def transformer(params, tokens, config: Config, weights=None):
     """tokens (B, S) -> residual stream (B, S, d); at the last place, or the sum over places times `weights` (B, S), before and
     after every block (blocks + 1, B, d); the last place's attention of every block (blocks, B, heads, S)."""
     x = params["token"][tokens] + params["position"][: tokens.shape[1]]
-
+    causal = np.tri(tokens.shape[1], dtype=bool)
+    read = lambda qkv: attend(*jnp.split(qkv, 3, -1), causal, config.heads)
     seen = lambda x: x[:, -1] if weights is None else jnp.einsum("bs,bsd->bd", weights, x)
 
-    def block(x, p):
-        read, attention = attend(layer_norm(x, p["norm1"], p["norm1_b"]) @ p["qkv"] + p["qkv_b"], config.heads)
-        x = x + read @ p["proj"] + p["proj_b"]
-        hidden = jax.nn.gelu(layer_norm(x, p["norm2"], p["norm2_b"]) @ p["up"] + p["up_b"])
-        x = x + hidden @ p["down"] + p["down_b"]
+    def step(x, p):
+        x, attention = block(p, x, read)
         return x, (seen(x), attention[:, :, -1])
 
-    last, (residuals, attention) = jax.lax.scan(block, x, params["blocks"])
+    last, (residuals, attention) = jax.lax.scan(step, x, params["blocks"])
     return last, jnp.concatenate([seen(x)[None], residuals]), attention
 
 
@@ -566,14 +572,26 @@ def story_loss(params, tokens, config: Config) -> jax.Array:
 
 def write_on(params, key, tokens, config: Config) -> jax.Array:
     """Stories (N, STORY_SIZE) that the model writes, token by token, after the headers of `tokens`; PAD after their end."""
-    begin = story_prompt(tokens)
+    begin, places = story_prompt(tokens), np.arange(STORY_SIZE)
 
-    def write(tokens, i):
-        x, _, _ = transformer(params, tokens, config)
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), predict(params, x[:, i]))
-        return tokens.at[:, i + 1].set(jnp.where(i + 1 < begin, tokens[:, i + 1], drawn)), None
+    def write(carry, i):
+        tokens, past = carry  # past (blocks, N, STORY_SIZE, 2 d): keys and values of the places before
 
-    written, _ = jax.lax.scan(write, tokens, jnp.arange(STORY_SIZE - 1))
+        def step(x, inputs):
+            p, past = inputs
+
+            def read(qkv):
+                q, kv = qkv[..., : config.width], past.at[:, i].set(qkv[:, 0, config.width :])
+                return attend(q, *jnp.split(kv, 2, -1), (places <= i)[None], config.heads)[0], kv
+
+            return block(p, x, read)
+
+        x, past = jax.lax.scan(step, (params["token"][tokens[:, i]] + params["position"][i])[:, None], (params["blocks"], past))
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), predict(params, x[:, 0]))
+        return (tokens.at[:, i + 1].set(jnp.where(i + 1 < begin, tokens[:, i + 1], drawn)), past), None
+
+    past = jnp.zeros((config.layers, *tokens.shape, 2 * config.width))
+    (written, _), _ = jax.lax.scan(write, (tokens, past), places[:-1])
     end = written == EOS_STORY
     return jnp.where(jnp.cumsum(end, axis=1) - end > 0, PAD, written)
 

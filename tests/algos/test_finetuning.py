@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from algos.finetuning import (
     make_models,
     make_train,
     points,
+    predict,
     prune,
     row_scores,
     sample_arm,
@@ -227,6 +229,17 @@ def test_a_model_writes_on_from_the_header_to_the_end():
         for story, old, start in zip(written, np.asarray(tokens), begin, strict=True):
             np.testing.assert_array_equal(story[:start], old[:start])
             assert story[start] == said and (story[start + 1 :] == after).all()
+
+
+def test_words_written_one_by_one_are_those_that_the_whole_story_makes_likeliest():
+    tokens, params = sample_stories(jax.random.key(2), 3, "twists").tokens, init_model(jax.random.key(4), STORIES)
+    params |= {"head": 1e4 * params["head"]}  # so that drawing takes the likeliest
+    written = np.asarray(jax.jit(partial(write_on, config=STORIES))(params, jax.random.key(3), tokens))
+    likeliest = np.asarray(predict(params, transformer(params, written, STORIES)[0]).argmax(-1))
+    for story, best, start in zip(written, likeliest, np.asarray(story_prompt(tokens)), strict=True):
+        end = next((i for i, word in enumerate(story) if word == EOS_STORY), STORY_SIZE - 1)
+        assert end > start + 5
+        np.testing.assert_array_equal(story[start : end + 1], best[start - 1 : end])
 
 
 def test_the_study_on_stories_fills_its_log():
