@@ -183,22 +183,22 @@ class Either(NamedTuple):
     team: Team
 
 
-def side_actions(key, side: Bot | Team | Either, state: FootballState, left, team: int) -> jax.Array:
-    """Actions (10, B) of one side. `left`: the share of the match that is left."""
+def side_actions(key, side: Bot | Team | Either, state: FootballState, team: int) -> jax.Array:
+    """Actions (10, B) of one side."""
     if isinstance(side, Either):
-        return jax.lax.cond(side.is_bot, *(partial(side_actions, key, one, state, left, team) for one in side[1:]))
+        return jax.lax.cond(side.is_bot, *(partial(side_actions, key, one, state, team) for one in side[1:]))
     if isinstance(side, Team):
-        return team_actions(key, side, state, left, team)
+        return team_actions(key, side, state, team)
     both = (side, BOTS["hard"]) if team == 0 else (BOTS["hard"], side)
     return jnp.split(bot_actions(key, state, pair(*both)), 2)[team]
 
 
-def acts(key, sides, flaw: str, flawed, state: FootballState, left) -> jax.Array:
+def acts(key, sides, flaw: str, flawed, state: FootballState) -> jax.Array:
     """Actions (20, B) of two sides; those of a side that is `flawed` with a flaw."""
     if all(isinstance(side, Bot) for side in sides):
         chosen = jnp.split(bot_actions(key, state, pair(*sides)), 2)
     else:
-        chosen = [side_actions(k, sides[i], state, left, i) for i, k in enumerate(jax.random.split(key))]
+        chosen = [side_actions(k, sides[i], state, i) for i, k in enumerate(jax.random.split(key))]
     if flaw != "none":
         chosen = [jnp.where(flawed[i], with_flaw(flaw, state, action, i), action) for i, action in enumerate(chosen)]
     return jnp.concatenate(chosen)
@@ -233,7 +233,7 @@ def play(key, config: Config, sides, flawed, level, record: bool = False):
     def step(carry, key):
         state, first = carry
         key_act, key_step = jax.random.split(key)
-        actions = acts(key_act, sides, config.flaw, flawed, state, 1.0 - state.time / config.horizon)
+        actions = acts(key_act, sides, config.flaw, flawed, state)
         _, state, _, _, info = env.step_env(key_step, state, actions, params)
         first = jnp.where(first.any(0), first, info["goal"])
         return (state, first), state if record else ()

@@ -20,7 +20,7 @@ Differs from the paper (2302.07515; its training code is not public, so what is 
  2. A player's network is a perceptron with two hidden layers over the team's view and his own, without memory (six encoders, an
     LSTM of 256, and a head that predicts who he is); 64 units wide, with --preset paper 256.
  3. Training and league are on levels that end with a goal or after 256 steps, so that an attack that fails can be answered (whole
-    matches, 3000 steps). MADRID's levels have 128.
+    matches, 3000 steps). MADRID's levels have 128. Players see neither score nor clock.
  4. The ladder's rungs are this file's (ten levels; there as here a team climbs by winning, and what changes is the opponent's
     strength and where players and ball are); it climbs with time too, and goes on playing lower rungs. Bots stay at its top.
  5. Masked are actions that would do nothing, and slides without an opponent on the ball (others too, such as shots from afar).
@@ -52,7 +52,7 @@ from common.ppo import gae
 from common.run import Train, run
 from envs.football import Football, FootballParams, checkpoints, send_off
 from envs.football_bots import BOTS, Bot, bot_actions
-from envs.football_state import FORMATION, HALF_LENGTH, HALF_WIDTH, LEVEL_SIZE, NUM_ACTIONS, FootballState
+from envs.football_state import FORMATION, HALF_LENGTH, HALF_WIDTH, LEVEL_SIZE, NORMAL, NUM_ACTIONS, FootballState
 from envs.football_team import WHOLE_VIEW, Team, apply_team, init_team, sample_actions, save_league, views
 
 
@@ -71,7 +71,7 @@ class Config(RunConfig):
 
     ratio: Literal["joint", "independent"] = "joint"
     """joint: the product of the team's ratios is clipped as one. independent: each player's."""
-    lr: float = 3e-3
+    lr: float = 1.5e-3
     """Adam's learning rate at the start; it falls to a tenth."""
     gamma: float = 0.995
     """Discount."""
@@ -96,8 +96,8 @@ class Config(RunConfig):
     """Rewards beside the goals' 1, those of the other team subtracted: for the world's checkpoints, ten of 0.1;"""
     pass_coef: float = 0.01
     """for a pass that arrives;"""
-    hold_coef: float = 2e-3
-    """for a step with the ball;"""
+    hold_coef: float = 5e-4
+    """for a step with the ball in play;"""
     crowd_coef: float = 2e-3
     """lost for a step in which ten pairs of team-mates are within 5 m;"""
     out_coef: float = 2e-3
@@ -161,7 +161,7 @@ class State(NamedTuple):
     opt_state: Any
     league_params: Team  # (M, ...): checkpoints
     born: jax.Array  # (M,) int32: after how many updates each was kept; 0: not yet
-    points: jax.Array  # (M,): the learner's share of the points against each, a running mean; a level without a goal counts half
+    points: jax.Array  # (M,): the learner's share of the decided levels against each, a running mean
     rung: jax.Array  # () int32: how far up the ladder
     rates: jax.Array  # (2,): the shares of the rung's levels that are won and lost, running means
     key: jax.Array
@@ -172,15 +172,15 @@ class State(NamedTuple):
 
 def init_critic(key, hidden: int) -> dict:
     """A perceptron of two hidden layers; weights are (out, in)."""
-    sizes = [(hidden, WHOLE_VIEW + 10), (hidden, hidden), (1, hidden)]
+    sizes = [(hidden, WHOLE_VIEW + 13), (hidden, hidden), (1, hidden)]
     keys, gains = jax.random.split(key, 3), (2**0.5, 2**0.5, 1.0)
     weights = [orthogonal(k, size, gain) for k, size, gain in zip(keys, sizes, gains, strict=True)]
     return {"w": weights, "b": [jnp.zeros((len(w), 1)) for w in weights]}
 
 
-def critic(params: dict, whole, active) -> jax.Array:
-    """The team's value (B,) from its view (128, B) and who of it takes part (10, B)."""
-    x = jnp.concatenate([whole, active.astype(jnp.float32)])
+def critic(params: dict, whole, active, task) -> jax.Array:
+    """The team's value (B,) from its view (126, B), who of it takes part (10, B), and what it is up against (3, B)."""
+    x = jnp.concatenate([whole, active.astype(jnp.float32), task])
     for w, b in zip(params["w"][:2], params["b"][:2], strict=True):
         x = jnp.tanh(w @ x + b)
     return (params["w"][2] @ x + params["b"][2])[0]
@@ -214,16 +214,17 @@ LADDER = (
     Rung(10, 10, True, -0.9, 0.9, "hard", 1.0),  # the top: the league, the hard bot, and all bots but the easy one
 )
 TOP = len(LADDER) - 1
+WHOLE_TEAMS = 5  # the first rung of eleven against eleven
 NAMES = ("easy", "medium", "hard", "dribbler", "passer")
 NUMBERS = np.float32([rung._replace(bot=NAMES.index(rung.bot)) for rung in LADDER])
 BOT_NUMBERS = np.float32([BOTS[name] for name in NAMES])
 
 
 def begin_levels(key, env: Football, rung) -> FootballState:
-    """A level of each match's rung (B,). Small teams stand about the ball; of the large ones' levels three in ten are in
-    formation, the others anywhere, as MADRID's are."""
+    """A level of each match's rung (B,). Small teams stand about the ball; of the large ones' levels two in ten are kick-offs, five
+    are in formation, and in the others everyone is anywhere, as in MADRID's."""
     num, row = rung.shape[0], jnp.asarray(NUMBERS)[rung].T
-    key_ball, key_noise, key_level = jax.random.split(key, 3)
+    key_ball, key_noise, key_level, key_kick_off = jax.random.split(key, 4)
     u, noise = jax.random.uniform(key_ball, (3, num)), jax.random.uniform(key_noise, (2, 10, 2, num), minval=-1.0)
     small = row[0] < 10
     ball = jnp.stack([row[3] + (row[4] - row[3]) * u[0], (0.8 * u[1] - 0.4) * jnp.where(small, 0.6, 1.0)])
@@ -231,9 +232,12 @@ def begin_levels(key, env: Football, rung) -> FootballState:
     home = FORMATION[1:, :, None] * np.float32([1, -1])[:, None, None, None]
     home = home + np.float32([0.15, -0.15])[:, None, None, None] * np.float32([[1], [0]]) + ball * np.float32([[0.5], [0.2]])
     anywhere = env.sample_level(key_level, (num,))[:40].reshape(2, 10, 2, num)
-    spots = jnp.where(small, near, jnp.where(u[2] < 0.3, home + 0.05 * noise, anywhere))
+    spots = jnp.where(small, near, jnp.where(u[2] < 0.7, home + 0.05 * noise, anywhere))
     spots = jnp.clip(spots, -np.float32([[0.95], [0.4]]), np.float32([[0.95], [0.4]]))
     state = env.reset_to_level(jnp.concatenate([spots.reshape(40, num), ball]).reshape(LEVEL_SIZE, num))
+    _, kick_off = env.reset_env(key_kick_off, env.default_params, (num,))
+    begins = ~small & (u[2] < 0.2)
+    state = jax.tree.map(lambda now, other: jnp.where(begins, other, now), state, kick_off)
     place = np.arange(11)[:, None]
     return send_off(state, jnp.stack([place > row[0], jnp.where(place == 0, row[2] == 0, place > row[1])]))
 
@@ -250,16 +254,16 @@ class Rivals(NamedTuple):
 
 
 def by_groups(teams: Team, whole, own) -> jax.Array:
-    """G teams, each for B / G matches: views (128, B), (34, 10, B) -> logits (19, 10, B)."""
+    """G teams, each for B / G matches: views (126, B), (43, 10, B) -> logits (19, 10, B)."""
     grouped = lambda x: x.reshape(*x.shape[:-1], teams.whole.shape[0], -1)
     logits = jax.vmap(apply_team, (0, 1, 2), 2)(teams, grouped(whole), grouped(own))
     return logits.reshape(*logits.shape[:2], -1)
 
 
-def rivals_act(key, rivals: Rivals, state: FootballState, left) -> jax.Array:
-    """Actions (10, B); `left`: the share of the level that is left."""
+def rivals_act(key, rivals: Rivals, state: FootballState) -> jax.Array:
+    """Actions (10, B)."""
     key_team, key_bot = jax.random.split(key)
-    by_team, _ = sample_actions(key_team, by_groups(rivals.teams, *views(state, left, 1)))
+    by_team, _ = sample_actions(key_team, by_groups(rivals.teams, *views(state, 1)))
     both = Bot(*(jnp.stack([x, x]) for x in rivals.bots))
     return jnp.where(rivals.is_team, by_team, bot_actions(key_bot, state, both)[10:])
 
@@ -286,6 +290,7 @@ def players_out(state: FootballState) -> jax.Array:
 def team_reward(config: Config, state: FootballState, info: dict, rings) -> jax.Array:
     """The left team's (B,), zero-sum; `rings` (2, B): the world's checkpoint reward."""
     goal, completed, owned = (info[name].astype(jnp.float32) for name in ("goal", "completed", "owned"))
+    owned = owned * (state.mode == NORMAL)
     each = goal + config.checkpoint_coef * rings + config.pass_coef * completed + config.hold_coef * owned
     each = each - config.crowd_coef * crowding(state) - config.out_coef * players_out(state)
     return each[0] - each[1]
@@ -294,9 +299,10 @@ def team_reward(config: Config, state: FootballState, info: dict, rings) -> jax.
 class TeamStep(NamedTuple):
     """What the learner's team saw, did and got, (T, ..., B)."""
 
-    whole: jax.Array  # (128,)
-    own: jax.Array  # (34, 10)
+    whole: jax.Array  # (126,)
+    own: jax.Array  # (43, 10)
     active: jax.Array  # (10,) bool
+    task: jax.Array  # (3,): what the critic knows of the opponent and the rung
     action: jax.Array  # (10,) int8
     log_prob: jax.Array  # (10,)
     value: jax.Array
@@ -304,30 +310,29 @@ class TeamStep(NamedTuple):
     done: jax.Array  # bool
 
 
-def rollout(key, config: Config, env: Football, params: dict, rivals: Rivals, start: FootballState):
+def rollout(key, config: Config, env: Football, params: dict, rivals: Rivals, rung, start: FootballState):
     """`horizon` steps; a level that ends begins again -> TeamStep, the value of what comes next (B,), and how many levels of each
-    match ended, were won, were lost (3, B)."""
+    match ended, were won, were lost (3, B). Time is no end: players see no clock, and the value of what comes next counts."""
     world = world_params(rivals, config.horizon)
+    task = jnp.stack([rivals.is_team, jnp.where(rivals.is_team, 0.0, rivals.bots.skill), rung / TOP]).astype(jnp.float32)
 
     def step(carry, key):
         state, count = carry
         key_act, key_rival, key_env = jax.random.split(key, 3)
-        left = 1.0 - state.time / config.horizon
-        whole, own = views(state, left)
+        whole, own = views(state)
         active = state.active[0, 1:]
         action, log_prob = sample_actions(key_act, apply_team(params["actor"], whole, own))
-        actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state, left)])
+        actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state)])
         _, state, _, terminated, info = env.step_env(key_env, state, actions, world)
         extra, rings = checkpoints(state, info["goal"].astype(jnp.float32))
-        done = terminated | (state.time >= config.horizon)
-        reward, value = team_reward(config, state, info, extra), critic(params["critic"], whole, active)
-        state = jax.tree.map(lambda first, now: jnp.where(done, first, now), start, state._replace(rings=rings))
-        count = count + jnp.stack([done, info["goal"][0], info["goal"][1]])
-        return (state, count), TeamStep(whole, own, active, action.astype(jnp.int8), log_prob, value, reward, done)
+        reward, value = team_reward(config, state, info, extra), critic(params["critic"], whole, active, task)
+        count = count + jnp.stack([terminated | (state.time >= config.horizon), info["goal"][0], info["goal"][1]])
+        state = jax.tree.map(lambda first, now: jnp.where(terminated, first, now), start, state._replace(rings=rings))
+        return (state, count), TeamStep(whole, own, active, task, action.astype(jnp.int8), log_prob, value, reward, terminated)
 
     count = jnp.zeros((3, *start.time.shape), jnp.int32)
     (state, count), steps = jax.lax.scan(step, (start, count), jax.random.split(key, config.horizon))
-    last = critic(params["critic"], views(state, 1.0 - state.time / config.horizon)[0], state.active[0, 1:])
+    last = critic(params["critic"], views(state)[0], state.active[0, 1:], task)
     return steps, last, count
 
 
@@ -356,7 +361,7 @@ def loss_fn(params: dict, config: Config, ent_coef, step: TeamStep, adv, target)
     log_probs = jax.nn.log_softmax(apply_team(params["actor"], step.whole, step.own), axis=0)
     log_prob = jnp.where(np.arange(NUM_ACTIONS)[:, None, None] == step.action, log_probs, 0.0).sum(0)
     policy_loss, clipped = surrogate(log_prob - step.log_prob, adv, step.active, config.clip_eps, joint)
-    value_loss = 0.5 * ((critic(params["critic"], step.whole, step.active) - target) ** 2).mean()
+    value_loss = 0.5 * ((critic(params["critic"], step.whole, step.active, step.task) - target) ** 2).mean()
     each = -(jnp.exp(log_probs) * log_probs).sum(0) * on
     entropy = each.sum() / on.sum()
     bonus = each.sum(0).mean() if joint else entropy
@@ -392,7 +397,7 @@ def learn_from(key, config: Config, tx, ent_coef, params: dict, opt_state, steps
 
 def opponent_weights(born, points, generalise) -> jax.Array:
     """With what weight each checkpoint (M,) is drawn: all alike, or in the generalise stage by the points it takes."""
-    return jnp.where(generalise, 1.0 - points, 1.0) * (born > 0)
+    return jnp.where(generalise, (1.0 - points) ** 2, 1.0) * (born > 0)
 
 
 def draw_rivals(key, config: Config, state: State, t):
@@ -400,7 +405,9 @@ def draw_rivals(key, config: Config, state: State, t):
     key_match, key_slot, key_newest = jax.random.split(key, 3)
     num, groups = config.num_matches, config.num_groups
     u = jax.random.uniform(key_match, (5, num))
-    rung = jnp.where(u[0] < config.newest_rung, state.rung, (u[1] * (state.rung + 1)).astype(jnp.int32))
+    lowest = jnp.where(state.rung == TOP, WHOLE_TEAMS, 0)
+    older = lowest + (u[1] * (state.rung + 1 - lowest)).astype(jnp.int32)
+    rung = jnp.where(u[0] < config.newest_rung, state.rung, older)
     top = rung == TOP
     any_but_easy = 1 + (u[2] * (len(NAMES) - 1)).astype(jnp.int32)
     at_top = jnp.where(u[4] < 0.5, NAMES.index("hard"), any_but_easy)
@@ -426,9 +433,8 @@ def keep_score(config: Config, state: State, rung, is_team, slot, count, t) -> t
     late = (TOP * (t + 1) / (config.ladder_share * config.num_updates)).astype(jnp.int32)
     new_rung = jnp.minimum(jnp.maximum(state.rung + mastered, late), TOP)
     by_slot = (slot[:, None] == jnp.arange(config.league_size)).astype(jnp.float32)
-    ended, won, lost = (count * is_team).reshape(3, config.num_groups, -1).sum(2) @ by_slot
-    taken = 0.5 * (ended + won - lost) / jnp.maximum(ended, 1)
-    points = jnp.where(ended > 0, 0.9 * state.points + 0.1 * taken, state.points)
+    _, won, lost = (count * is_team).reshape(3, config.num_groups, -1).sum(2) @ by_slot
+    points = jnp.where(won + lost > 0, 0.9 * state.points + 0.1 * won / jnp.maximum(won + lost, 1), state.points)
     state = state._replace(rung=new_rung, rates=jnp.where(new_rung > state.rung, 0.0, rates), points=points)
     return state, {"rung": state.rung.astype(jnp.float32), "won": rate[0], "lost": rate[1]}
 
@@ -470,7 +476,7 @@ def make_train(config: Config) -> Train:
         rung, rivals, slot = draw_rivals(key_rivals, config, state, t)
         start, bots, is_team = spread_matches((begin_levels(key_level, env, rung), rivals.bots, rivals.is_team))
         rivals = Rivals(rivals.teams, bots, is_team)
-        steps, last, count = rollout(key_play, config, env, state.params, rivals, start)
+        steps, last, count = rollout(key_play, config, env, state.params, rivals, rung, start)
         ent_coef = config.ent_coef * (1.0 - 0.9 * t / config.num_updates)
         params, opt_state, info = learn_from(key_learn, config, tx, ent_coef, state.params, state.opt_state, steps, last)
         state = state._replace(params=params, opt_state=opt_state, key=key)
@@ -498,9 +504,8 @@ def play_on(key, env: Football, teams: Team, rivals: Rivals, start: FootballStat
     def step(carry, key):
         state, goals, first = carry
         key_act, key_rival, key_env = jax.random.split(key, 3)
-        left = 1.0 - state.time / env.max_steps
-        action, _ = sample_actions(key_act, by_groups(teams, *views(state, left)))
-        actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state, left)])
+        action, _ = sample_actions(key_act, by_groups(teams, *views(state)))
+        actions = jnp.concatenate([action, rivals_act(key_rival, rivals, state)])
         _, state, _, _, info = env.step_env(key_env, state, actions, params)
         first = jnp.where(first.any(0), first, info["goal"])
         return (state, goals + info["goal"], first), None

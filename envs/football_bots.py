@@ -34,6 +34,8 @@ from envs.football_state import (
     FootballState,
     length,
     like,
+    nearest_rival,
+    offside_line,
 )  # fmt: skip
 
 
@@ -136,29 +138,13 @@ def run_to(state: FootballState, x, y, ball, ours, theirs, bots):
     line = offside_line(state)
     home_x = jnp.where(ours | (home_x > line), jnp.minimum(home_x, line - 0.7), home_x)
     home_y = jnp.clip(place[:, :, 1] + 0.25 * by, -HALF_WIDTH + 2, HALF_WIDTH - 2)
-    return jnp.where(chase, dx, home_x - x), jnp.where(chase, dy, home_y - y), chase, rivals(state)
-
-
-def offside_line(state: FootballState) -> jax.Array:
-    """How far forward a team may stand, in its frame (2, 1, ...)."""
-    side = like(SIDE, state.x)
-    deep = jnp.where(state.active, -side * state.x, -FAR)[::-1]
-    first = deep.max(1, keepdims=True)
-    second = jnp.where(deep >= first, -FAR, deep).max(1, keepdims=True)
-    return jnp.maximum(jnp.maximum(second, side * state.ball[0]), 0.0)
-
-
-def rivals(state: FootballState) -> jax.Array:
-    """Everyone's distance to the nearest of the other team (2, 11, ...)."""
-    (ax, bx), (ay, by) = state.x, state.y
-    gap = (ax[:, None] - bx) ** 2 + (ay[:, None] - by) ** 2
-    return jnp.sqrt(jnp.stack([gap.min(1), gap.min(0)]))
+    return jnp.where(chase, dx, home_x - x), jnp.where(chase, dy, home_y - y), chase, nearest_rival(state)[0]
 
 
 def with_ball(state: FootballState, x, y, u, bots):
     """What the carrier does: where he runs to, from where he is, and the kick he wants or 0. All (2, 11, ...)."""
     has = state.owner
-    near = rivals(state)
+    near = nearest_rival(state)[0]
     gx = HALF_LENGTH - x
     goal = length(gx, y)
     px, py = (jnp.where(has, v, 0).sum(1, keepdims=True) for v in (x, y))

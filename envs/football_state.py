@@ -101,27 +101,55 @@ def team_view(state: FootballState, left) -> jax.Array:
     return jnp.concatenate([p.astype(jnp.float32) for p in parts], axis=1)
 
 
+def offside_line(state: FootballState) -> jax.Array:
+    """How far forward a team may stand, in its frame (2, 1, ...)."""
+    side = like(SIDE, state.x)
+    deep = jnp.where(state.active, -side * state.x, -FAR)[::-1]
+    first = deep.max(1, keepdims=True)
+    second = jnp.where(deep >= first, -FAR, deep).max(1, keepdims=True)
+    return jnp.maximum(jnp.maximum(second, side * state.ball[0]), 0.0)
+
+
+def nearest_rival(state: FootballState):
+    """Everyone's distance to the nearest of the other team, and the way to him, 3 x (2, 11, ...), metres."""
+    (ax, bx), (ay, by) = state.x, state.y
+    dx, dy = bx - ax[:, None], by - ay[:, None]  # (11, 11, ...): from left to right
+    gap = dx * dx + dy * dy
+    found = []
+    for axis, sign in ((1, 1.0), (0, -1.0)):
+        least = gap.min(axis, keepdims=True)
+        here = gap <= least
+        found.append(jnp.stack([jnp.sqrt(least.squeeze(axis)), *(sign * jnp.where(here, d, 0.0).sum(axis) for d in (dx, dy))]))
+    return jnp.stack(found, axis=1)
+
+
 def own_view(state: FootballState) -> jax.Array:
-    """What each player adds to his team's view, in its frame (2, 10, 34, ...).
+    """What each player adds to his team's view, in its frame (2, 10, 43, ...).
 
     x, y, vx, vy, facing (2), direction held (2); sprint, dribble, tiredness, booked, offside, off his feet, has the ball, his kick
-    is under way; the ball from him (3) and how far; the goal from him (2) and how far; how far the nearest opponent is; which of
-    the ten he is (10).
+    is under way; the ball from him (3) and how far; the goal from him (2) and how far; how far the nearest opponent is; which way
+    the ball will be when he could reach it (2), and the nearest opponent is (2); whether he is his team's nearest to the ball, and
+    how much farther than the nearest; how far the offside line is before him; whether he has just kicked; how long a restart has
+    waited; which of the ten he is (10).
     """
     side = like(SIDE, state.x)
     x, y = side * state.x, side * state.y
     bx, by = side * state.ball[0] - x, side * state.ball[1] - y
     gx = HALF_LENGTH - x
-    flat = lambda v: v.reshape(2, 11, 1, 1, *v.shape[2:])
-    rival = (flat(state.x) - state.x) ** 2 + (flat(state.y) - state.y) ** 2
-    rival = jnp.where(state.active, rival, FAR).min(3)
-    rival = jnp.stack([rival[0, :, 1], rival[1, :, 0]])
+    rival, rx, ry = nearest_rival(state)
+    far = length(bx, by)
+    soon = jnp.clip(far / 10.0, 0.1, 1.5)  # seconds, at 10 m/s
+    lx, ly = bx + soon * side * state.ball[3], by + soon * side * state.ball[4]
+    best = jnp.where(state.active & ~like(KEEPER, x), far, FAR).min(1, keepdims=True)
+    unit = lambda dx, dy: (dx / jnp.maximum(length(dx, dy), 1e-3), dy / jnp.maximum(length(dx, dy), 1e-3))
     motion = (state.vx / 10, state.vy / 10, state.facing_x, state.facing_y, state.stick_x, state.stick_y)
     parts = [
         *(x / HALF_LENGTH, y / HALF_WIDTH, *(side * v for v in motion)),
         *(state.sprint, state.dribble, state.fatigue, state.yellow, state.offside, state.stun > 0),
-        *(state.owner, state.owner & (state.kick > 0), bx / 20, by / 20, state.ball[2] / 5, length(bx, by) / 20),
-        *(gx / 20, -y / 20, length(gx, y) / 20, jnp.sqrt(jnp.minimum(rival, 1e3)) / 10),
+        *(state.owner, state.owner & (state.kick > 0), bx / 20, by / 20, state.ball[2] / 5, far / 20),
+        *(gx / 20, -y / 20, length(gx, y) / 20, jnp.minimum(rival, 30.0) / 10, *unit(lx, ly), *unit(side * rx, side * ry)),
+        *(far <= best, jnp.minimum(far - best, 30.0) / 10, jnp.clip(offside_line(state) - x, -30.0, 30.0) / 20),
+        *(state.lock > 0, jnp.minimum(state.wait, 30) / 30.0 * (state.mode > 0)),
     ]
     own = jnp.stack([jnp.broadcast_to(p, x.shape).astype(jnp.float32) for p in parts], axis=2)[:, 1:]
     own = jnp.where(state.active[:, 1:, None], own, 0.0)
@@ -129,7 +157,8 @@ def own_view(state: FootballState) -> jax.Array:
     return jnp.concatenate([own, who], axis=2)
 
 
-TEAM_VIEW = 128 + 34
+OWN_VIEW = 43
+TEAM_VIEW = 128 + OWN_VIEW
 
 
 def simple115(state: FootballState) -> jax.Array:

@@ -15,18 +15,17 @@ import numpy as np
 from common.checkpoint import load, read_meta, save
 from common.config import UsageError, require
 from common.nn import orthogonal
-from envs.football_state import NUM_ACTIONS, TEAM_VIEW, FootballState, like, own_view, team_view
+from envs.football_state import NORMAL, NUM_ACTIONS, OWN_VIEW, FootballState, like, own_view, team_view
 
-OWN_VIEW = 34
-WHOLE_VIEW = TEAM_VIEW - OWN_VIEW
+WHOLE_VIEW = 126  # of `team_view`, all but the score and the clock
 LEAGUE_FILE = "football_league.npz"  # in envs/data
 
 
 class Team(NamedTuple):
     """A team's parameters; a league of M teams has an axis (M,) before these."""
 
-    whole: jax.Array  # (H, 128)
-    own: jax.Array  # (H, 34)
+    whole: jax.Array  # (H, 126)
+    own: jax.Array  # (H, 43)
     first_bias: jax.Array  # (H,)
     hidden: jax.Array  # (H, H)
     hidden_bias: jax.Array  # (H,)
@@ -37,14 +36,14 @@ class Team(NamedTuple):
 def init_team(key, hidden: int = 64) -> Team:
     """Orthogonal weights; the last layer's are small, so that every action is about as likely."""
     key_first, key_hidden, key_last = jax.random.split(key, 3)
-    first = orthogonal(key_first, (hidden, TEAM_VIEW), 2**0.5)
+    first = orthogonal(key_first, (hidden, WHOLE_VIEW + OWN_VIEW), 2**0.5)
     zero = jnp.zeros(hidden)
     between, last = orthogonal(key_hidden, (hidden, hidden), 2**0.5), orthogonal(key_last, (NUM_ACTIONS, hidden), 0.01)
     return Team(first[:, :WHOLE_VIEW], first[:, WHOLE_VIEW:], zero, between, zero, last, jnp.zeros(NUM_ACTIONS))
 
 
 def apply_team(params: Team, whole, own) -> jax.Array:
-    """A team's view (128, ...) and its players' own (34, 10, ...) -> logits (19, 10, ...)."""
+    """A team's view (126, ...) and its players' own (43, 10, ...) -> logits (19, 10, ...)."""
     column = lambda bias: bias.reshape(-1, *[1] * (own.ndim - 1))
     seen = jnp.tensordot(params.whole, whole, 1)[:, None]
     x = jnp.tanh(seen + jnp.tensordot(params.own, own, 1) + column(params.first_bias))
@@ -55,27 +54,28 @@ def apply_team(params: Team, whole, own) -> jax.Array:
 
 def legal_actions(whole, own) -> jax.Array:
     """Which actions a player chooses from (19, 10, ...) bool: kicks and dribbling only with the ball, to stop only what he does,
-    which the world takes for idling where they are not; and a slide only when the other team has the ball."""
+    which the world takes for idling where they are not; and a slide only within 3 m of a ball that the other team has in play."""
     runs, sprints, dribbles = (own[6] != 0) | (own[7] != 0), own[8] > 0, own[9] > 0
-    has, theirs = own[14] > 0, (whole[96] > 0)[None]
+    has, theirs = own[14] > 0, ((whole[96] > 0) & (whole[97 + NORMAL] > 0))[None]
+    slides = theirs & ~has & (own[13] == 0) & (own[19] < 3.0 / 20)
     always, kicks = jnp.ones_like(has), has & (own[15] == 0)
-    legal = [always] * 9 + [kicks] * 4 + [~sprints, runs, sprints, theirs & ~has, has & ~dribbles, dribbles]
+    legal = [always] * 9 + [kicks] * 4 + [~sprints, runs, sprints, slides, has & ~dribbles, dribbles]
     return jnp.stack(jnp.broadcast_arrays(*legal))
 
 
-def views(state: FootballState, left, team: int = 0):
-    """What `apply_team` needs of a state: (128, ...), (34, 10, ...). `team`: 0 for the one that plays left, 1 for the right."""
-    return team_view(state, left)[team], own_view(state)[team].swapaxes(0, 1)
+def views(state: FootballState, team: int = 0):
+    """What `apply_team` needs of a state: (126, ...), (43, 10, ...). `team`: 0 for the one that plays left, 1 for the right."""
+    return team_view(state, 0.0)[team, :WHOLE_VIEW], own_view(state)[team].swapaxes(0, 1)
 
 
-def team_logits(params: Team, state: FootballState, left, team: int = 0) -> jax.Array:
-    """(10, 19, ...). `left`: the share of the match that is left, as for `team_view`, a number or (...)."""
-    return apply_team(params, *views(state, left, team)).swapaxes(0, 1)
+def team_logits(params: Team, state: FootballState, team: int = 0) -> jax.Array:
+    """(10, 19, ...)."""
+    return apply_team(params, *views(state, team)).swapaxes(0, 1)
 
 
-def team_actions(key, params: Team, state: FootballState, left, team: int = 0) -> jax.Array:
+def team_actions(key, params: Team, state: FootballState, team: int = 0) -> jax.Array:
     """Sampled actions (10, ...) int32 of a team: half of what `step_env` takes; each side in its own frame."""
-    return sample_actions(key, apply_team(params, *views(state, left, team)))[0]
+    return sample_actions(key, apply_team(params, *views(state, team)))[0]
 
 
 def sample_actions(key, logits):

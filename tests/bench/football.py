@@ -48,9 +48,9 @@ def networks():
     import jax
     import jax.numpy as jnp
 
-    from envs.football_state import own_view, team_view
+    from envs.football_state import OWN_VIEW, own_view, team_view
 
-    shapes = [(64, 128), (64, 34), (64, 64), (19, 64)]
+    shapes = [(64, 128), (64, OWN_VIEW), (64, 64), (19, 64)]
     keys = jax.random.split(jax.random.key(0), 4)
     whole, own, hidden, last = (
         jax.random.normal(key, (2, *shape)) / shape[1] ** 0.5 for key, shape in zip(keys, shapes, strict=True)
