@@ -15,7 +15,7 @@ Expect:  not measured yet; videos/controls.gif shows what each code does, a colu
 
 Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):
  1. Codes are compared on the unit sphere, beta is 0.25 (not given), codebooks follow the encoder by a moving average (by the
-    gradient of ||sg(e) - q||^2), and a code unused for `restart_unused` updates begins anew at an encoder's output.
+    gradient of ||sg(e) - q||^2), and one hardly used begins anew at an encoder's output.
  2. Positions are rotary in time and space, and in space learned too; pre-norm; feed-forward layers of `ffn` times the width (none
     of it is given).
  3. An action token is added to every frame of the latent action model's encoder, and read there (not given).
@@ -25,7 +25,8 @@ Differs from the paper (its own way in brackets; the `cpu` preset also changes t
  6. Frames within a clip are not masked at frame 1 (as the paper) and the loss is on masked tokens only (not given).
  7. t = 4 counts generated frames, after a prompt of `prompt_frames`; random codes are uniform; PSNR is averaged in dB over clips.
  8. The latent action model's error is divided by the variance of what it sees (not given), so that beta weighs the same on plain
-    pictures. Its decoder's output is added to the frame before (the next frame, through a sigmoid).
+    pictures. Its decoder's output is added to the frame before (the next frame, through a sigmoid). In training the codes of half
+    of the clips (`lam_bypass`) go to the decoder as they were before quantisation (0).
 """
 
 from collections.abc import Callable
@@ -149,8 +150,8 @@ class Config(RunConfig):
     """Codes move by 1 - codebook_decay of the way to the mean of what they stood for in an update."""
     lam_bypass: float = 0.5
     """Probability that the latent actions' decoder gets a clip's codes as they were before quantisation, in training."""
-    restart_unused: int = 50
-    """Updates after which a code that was not used begins anew; 0: never."""
+    least_use: float = 0.1
+    """A code used less than this times its even share, over some 50 updates, begins anew; 0: never."""
 
     tokenizer_lr: float = 3e-4
     """Learning rate of the tokenizer, constant after tokenizer_warmup."""
@@ -189,11 +190,11 @@ class Config(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in (
-            field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "restart_unused", "port")
-        ):
+        for name in (field.name for field in fields(Config) if field.type is int and field.name not in ("seed", "port")):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        require_range(self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2", "codebook_decay", "lam_bypass")
+        require_range(
+            self, 0, 1, "sticky", "mask_low", "clean_context", "beta1", "beta2", "codebook_decay", "lam_bypass", "least_use"
+        )
         require_range(self, 0, 1000, "beta", "weight_decay")
         require_range(self, 0, MAX_TEMPERATURE, "temperature")
         require_range(self, 0, 65535, "port")
@@ -214,7 +215,7 @@ class Config(RunConfig):
 
 PAPER = Config(log_every=50, eval_every=5000, save_every=1000, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_updates=4000, tokenizer_updates=1500, tokenizer_batch=8, batch_size=8, log_every=50, eval_every=500,
+    PAPER, preset="cpu", num_updates=4000, tokenizer_updates=1500, tokenizer_batch=8, batch_size=8, log_every=50, eval_every=2000,
     save_every=500, num_levels=500, sticky=0.8, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2,
     decoder_blocks=2, lam_width=96, lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3,
     tokenizer_warmup=100, lr=1e-3, lr_min=1e-4, warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
@@ -227,7 +228,7 @@ class State(NamedTuple):
 
     params: dict  # tokenizer, lam, dynamics
     opt_state: dict  # tokenizer, world (lam and dynamics)
-    unused: dict  # tokenizer (K,), lam (|A|,) int32: updates since a code was last used
+    shares: dict  # tokenizer (K,), lam (|A|,): how often each code is used, a running mean
     world: Any  # where the clips come from
     key: jax.Array
 
@@ -256,14 +257,14 @@ def follow(codebook, index, e, decay: float):
     return jnp.where(count > 0, unit(decay * old + (1 - decay) * mean), old)
 
 
-def restart(key, codebook, unused, index, e, after: int):
-    """Codes that were not used for `after` updates begin anew at outputs e (M, code_dim) of the encoder -> codebook, unused."""
-    unused = (unused + 1).at[index].set(0)
-    if not after:
-        return codebook, unused
-    dead = unused >= after
-    place = jax.random.randint(key, unused.shape, 0, e.shape[0])
-    return jnp.where(dead[:, None], e[place], codebook), jnp.where(dead, 0, unused)
+def restart(key, codebook, share, index, e, least: float):
+    """The code of the smallest share of use (K,), a mean over about 50 updates, begins anew where that is below least / K: at an
+    output e (M, code_dim) of the encoder, the likelier the farther from all codes (as k-means++ begins) -> codebook, share."""
+    num = len(codebook)
+    share = 0.98 * share + 0.02 * jax.nn.one_hot(index, num).mean(0)
+    place = jax.random.categorical(key, jnp.log(jnp.maximum(1.0 - (e @ unit(codebook).T).max(-1), 1e-9)))
+    dead = (jnp.arange(num) == share.argmin()) & (share < least / num)
+    return jnp.where(dead[:, None], e[place], codebook), jnp.where(dead, 1 / num, share)
 
 
 # --- tokenizer (section 2.1, appendix C.2)
@@ -321,10 +322,11 @@ def init_lam(key, config: Config, shape: tuple[int, int]) -> dict:
     tokens = config.lam_input == "tokens"
     grid = grid_of(shape, config.patch if tokens else config.lam_patch)
     n_in, width = config.code_dim if tokens else 3 * config.lam_patch**2, config.lam_width
+    decoder = init_st(key_decoder, n_in, n_in, grid, width, config.lam_blocks, config)
     return {
         "encoder": init_st(key_encoder, n_in, config.code_dim, grid, width, config.lam_blocks, config),
         "token": 0.1 * jax.random.normal(key_token, (width,)),
-        "decoder": init_st(key_decoder, n_in, n_in, grid, width, config.lam_blocks, config),
+        "decoder": decoder | {"out": decoder["out"] | {"w": 0.01 * decoder["out"]["w"]}},  # at first nothing changes
         "action": orthogonal(key_action, (config.code_dim, width)),
         "codebook": jax.random.normal(key_code, (config.num_actions, config.code_dim)),
     }
@@ -413,7 +415,7 @@ def lead_in(codes) -> jax.Array:
 def hidden_loss(params, tokens, mask, codes, config: Config):
     """Cross-entropy (nats) and accuracy of the hidden tokens, given the others and codes (B, T - 1, code_dim)."""
     logits, _ = predict_tokens(params, jnp.where(mask, config.num_codes, tokens), lead_in(codes), config)
-    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)[..., 0]
+    log_p = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
     right = logits.argmax(-1) == tokens
     return tuple(jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
 
@@ -452,7 +454,7 @@ def fill_in(key, logits_of: Callable, shape: tuple[int, int], config: Config, te
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), draw[..., None], axis=-1)[..., 0]
         hidden = tokens == config.num_codes
         rank = jnp.where(hidden, -log_p, -jnp.inf).argsort(-1).argsort(-1)
-        kept = hidden & (rank < jnp.round(shape[1] * (1 - jnp.cos(jnp.pi / 2 * s / steps))))
+        kept = hidden & (rank < jnp.maximum(s, jnp.round(shape[1] * (1 - jnp.cos(jnp.pi / 2 * s / steps)))))  # one more at least
         return jnp.where(kept, draw, tokens), jnp.where(kept, jnp.exp(log_p), sure)
 
     return jax.lax.fori_loop(1, steps + 1, step, (jnp.full(shape, config.num_codes), jnp.zeros(shape)))
@@ -510,6 +512,9 @@ def source_of(config: Config) -> Source:
         size = getattr(config, name)
         fits = source.shape[0] % size == 0 and source.shape[1] % size == 0
         require(fits, f"--{name.replace('_', '-')} {size}: must divide frames of {source.shape[0]} x {source.shape[1]}")
+    for name in ("tokenizer_batch", "batch_size"):
+        size = getattr(config, name)
+        require(size <= source.most, f"--{name.replace('_', '-')} {size}: only {source.most} games go on at once")
     return source
 
 
@@ -540,19 +545,19 @@ def make_train(config: Config) -> Train:
         }
         opt_state = {"tokenizer": txs["tokenizer"].init(params["tokenizer"])}
         opt_state["world"] = txs["world"].init({name: params[name] for name in parts})
-        unused = {"tokenizer": jnp.zeros(config.num_codes, jnp.int32), "lam": jnp.zeros(config.num_actions, jnp.int32)}
-        return State(params, opt_state, unused, source.init(key_world), key)
+        shares = {name: jnp.full(num, 1 / num) for name, num in (("tokenizer", config.num_codes), ("lam", config.num_actions))}
+        return State(params, opt_state, shares, source.init(key_world), key)
 
     def descend(name, params, opt_state, grads):
         updates, opt_state = txs[name].update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    def renew(key, part, unused, index, e):
-        """The part with its codebook brought up to date -> part, unused."""
+    def renew(key, part, share, index, e):
+        """The part with its codebook brought up to date -> part, share."""
         index, e = index.reshape(-1), e.reshape(-1, config.code_dim)
         codebook = follow(part["codebook"], index, e, config.codebook_decay)
-        codebook, unused = restart(key, codebook, unused, index, e, config.restart_unused)
-        return part | {"codebook": codebook}, unused
+        codebook, share = restart(key, codebook, share, index, e, config.least_use)
+        return part | {"codebook": codebook}, share
 
     def learn_tokenizer(state: State):
         """One step of stage 1."""
@@ -561,9 +566,9 @@ def make_train(config: Config) -> Train:
         params, frames = state.params["tokenizer"], shard_batch(clips.frames)
         grads, (metrics, index, e) = jax.grad(tokenizer_loss, has_aux=True)(params, frames, config)
         params, opt_state = descend("tokenizer", params, state.opt_state["tokenizer"], grads)
-        params, unused = renew(key_codes, params, state.unused["tokenizer"], index, e)
-        opt_state, unused = state.opt_state | {"tokenizer": opt_state}, state.unused | {"tokenizer": unused}
-        return State(state.params | {"tokenizer": params}, opt_state, unused, world, key), metrics
+        params, share = renew(key_codes, params, state.shares["tokenizer"], index, e)
+        opt_state, shares = state.opt_state | {"tokenizer": opt_state}, state.shares | {"tokenizer": share}
+        return State(state.params | {"tokenizer": params}, opt_state, shares, world, key), metrics
 
     def world_loss(params, frozen, key, frames):
         """Both losses of stage 2; no gradient goes from the dynamics to the codes, nor to the tokenizer."""
@@ -582,9 +587,9 @@ def make_train(config: Config) -> Train:
         params, frames = {name: state.params[name] for name in parts}, shard_batch(clips.frames)
         grads, (metrics, index, e) = jax.grad(world_loss, has_aux=True)(params, state.params, key_loss, frames)
         params, opt_state = descend("world", params, state.opt_state["world"], grads)
-        lam, unused = renew(key_codes, params["lam"], state.unused["lam"], index, e)
-        opt_state, unused = state.opt_state | {"world": opt_state}, state.unused | {"lam": unused}
-        return State(state.params | params | {"lam": lam}, opt_state, unused, world, key), metrics
+        lam, share = renew(key_codes, params["lam"], state.shares["lam"], index, e)
+        opt_state, shares = state.opt_state | {"world": opt_state}, state.shares | {"lam": share}
+        return State(state.params | params | {"lam": lam}, opt_state, shares, world, key), metrics
 
     def with_all_metrics(learn, other):
         def learn_and_pad(state):
@@ -609,8 +614,8 @@ def evaluate(config: Config, source: Source, state: State) -> dict:
     """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
     params, clips = state.params, source.held_out(jax.random.key(1), config.eval_clips)
     tokens, (codes, index) = tokenise(params["tokenizer"], clips.frames, config), actions_of(params, clips.frames, config)
-    results = tokenizer_results(params, clips.frames, tokens, config)
-    results |= lam_results(params, clips, codes, index, source, config)
+    results = tokenizer_results(params, clips.frames, tokens, config) if config.stage != "lam" else {}
+    results |= lam_results(params, clips, codes, index, source, config) if config.stage != "tokenizer" else {}
     if config.stage in ("tokenizer", "lam"):
         return results
     key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
@@ -632,31 +637,36 @@ def pixels(params, tokens, shape, config: Config) -> jax.Array:
 
 
 def tokenizer_results(params, frames, tokens, config: Config) -> dict:
-    """PSNR of the reconstruction, and of the frame before in its place; codes used; a picture, truth above reconstruction."""
+    """PSNR of the reconstruction, also of frames that differ from those before, and of these in their place; codes used; a picture,
+    truth above reconstruction."""
     shape, truth = frames.shape[2:4], frames / 255
     out = pixels(params, tokens, shape, config)
     shown = jnp.stack([truth[:8, -1], out[:8, -1]])  # (2, 8, H, W, 3)
-    used = (jnp.zeros(config.num_codes).at[tokens.reshape(-1)].set(1)).mean()
+    moved = (frames[:, 1:] != frames[:, :-1]).any((-3, -2, -1))
+    mean = lambda x: (x * moved).sum() / jnp.maximum(moved.sum(), 1)
     return {
         "psnr": psnr(truth, out).mean(),
-        "copy_psnr": psnr(truth[:, 1:], truth[:, :-1]).mean(),
-        "codes_used": used,
+        "moved_psnr": mean(psnr(truth, out)[:, 1:]),
+        "copy_psnr": mean(psnr(truth[:, 1:], truth[:, :-1])),
+        "codes_used": perplexity(tokens, config.num_codes) / config.num_codes,
         "reconstruction": to_uint8(shown.swapaxes(1, 2).swapaxes(2, 3).reshape(2 * shape[0], -1, 3)),
     }
 
 
 def lam_results(params, clips, codes, index, source: Source, config: Config) -> dict:
-    """How much the inferred codes help the decoder against other clips' codes, in dB; what codes say of the true change."""
+    """How much the inferred codes help the decoder against other clips' codes, and against those of another time in the clip, in
+    dB; what codes say of the true change, while the game goes on."""
     x = lam_view(params, clips.frames, config)
-    error = lambda codes: ((predict_next(params["lam"], x[:, :-1], codes, config) - x[:, 1:]) ** 2).mean((-2, -1)) + 1e-10
-    arms = jnp.stack([codes, jnp.roll(codes, 1, axis=0)])
-    lam_psnr, shuffled = jax.lax.map(lambda codes: -10 * jnp.log10(error(codes)).mean(), arms)
-    of_code = jax.nn.one_hot(index, config.num_actions)
+    error = lambda codes: ((predict_next(params["lam"], x[:, :-1], codes, config) - x[:, 1:]) ** 2).mean((-2, -1)) + 1e-5
+    arms = jnp.stack([codes, jnp.roll(codes, 1, axis=0), jnp.roll(codes, codes.shape[1] // 2, axis=1)])
+    lam_psnr, other_clips, other_times = jax.lax.map(lambda codes: -10 * jnp.log10(error(codes)).mean(), arms)
+    of_code = jax.nn.one_hot(jnp.where(clips.action < 0, -1, index), config.num_actions)
     count = lambda change: jnp.einsum("bta,btc->ac", of_code, jax.nn.one_hot(change, source.num_changes))
     table = count(clips.change)
     return {
         "lam_psnr": lam_psnr,
-        "lam_psnr_gain": lam_psnr - shuffled,
+        "lam_psnr_gain": lam_psnr - other_clips,
+        "lam_psnr_gain_in_time": lam_psnr - other_times,
         "code_perplexity": perplexity(index, config.num_actions),
         "code_purity": table.max(1).sum() / table.sum(),
         "code_information": information(table),
@@ -690,6 +700,7 @@ def play_results(key, params, frames, others, tokens, codes, config: Config, dra
     key_draw, key_codes = jax.random.split(key)
     prompt, end = config.prompt_frames, config.prompt_frames + 4
     truth, codes = frames[:, prompt:end] / 255, codes[:, : end - 1]
+    still = psnr(truth[:, 3], frames[:, prompt - 1] / 255)
     index = jax.random.randint(key_codes, (draws, *codes.shape[:2]), 0, config.num_actions)[:, :, prompt - 1 :]
     random = jnp.stack([codes] * draws).at[:, :, prompt - 1 :].set(unit(params["lam"]["codebook"])[index])
 
@@ -703,6 +714,7 @@ def play_results(key, params, frames, others, tokens, codes, config: Config, dra
     others = random_features(others[:, prompt:end] / 255)
     return {
         "rollout_psnr": inferred.mean(),
+        "still_psnr": still.mean(),
         "delta4_psnr": delta.mean(),
         "delta4_psnr_low": delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1),
         "frechet": frechet(random_features(clips[0]), others),
@@ -856,7 +868,7 @@ def clone(config: Config, folder: Path) -> None:
     own = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
     own |= {name: getattr(config, name) for name in ("bc_updates", "bc_batch", "bc_blocks", "labels", "lr", "lr_min", "warmup")}
     own |= {"num_updates": config.bc_updates, "num_seeds": trained.num_seeds}
-    own |= {name: min(getattr(config, name), config.bc_updates) for name in ("eval_every", "save_every")}
+    own |= {"eval_every": config.bc_updates, "save_every": min(config.save_every, config.bc_updates)}
     config = replace(trained, **own | {"stage": "bc"})
     init_model, infer = lambda key: make_train(config).init(key).params, lambda params, x: actions_of(params, x, config)[1]
     make = lambda config: make_cloning(config, source_of(config), optimisers(config)["world"], init_model, infer)
@@ -897,7 +909,7 @@ def main(config: Config) -> None:
         if config.stage in done_with_a_run:
             return done_with_a_run[config.stage](config, folder)
     given = partial(starting_params, config, folder) if folder else None
-    run(config, make_train, highlights=("psnr", "delta4_psnr"), given=given)
+    run(config, make_train, highlights=("psnr", "lam_psnr_gain", "delta4_psnr"), given=given)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The archive has a cell for each place of the ball and each reference. An elite i
 flatters it (winner's curse): challenged elites are played again, and at evaluations all elites are, with fresh luck.
 
 Run:     python algos/madrid.py                   (the target: the last team of the shipped league, against its earlier selves and
-                                                  three bots; --league runs/tizero/1/league.npz for another)
+                                                  the hard bot; --league runs/tizero/1/league.npz for another)
          python algos/madrid.py --league none --target hard --references easy medium sound --flaw never_shoots
 
 Paper:   --preset paper
@@ -20,8 +20,8 @@ the worst scenarios, and a film of the two worst: cross-play on the left, self-p
 Differs from the paper (2401.13460; its code is not public):
  1. World, target and league are envs/football.py's and algos/tizero.py's, bots envs/football_bots.py's.
  2. Cells: 20 x 8 places of the ball (160 uniform ones, shape not stated).
- 3. In the cpu preset 8 repeats, not 4, and duels: a child that beats an elite and that elite both play again, the repeats are
-    pooled, and the pooled means decide. `--preset paper` has 4 repeats and no duels.
+ 3. In the cpu preset 8 repeats, not 4, and duels: a child that beats an elite and that elite both play again; the child's new
+    matches and all of the elite's decide. `--preset paper` has 4 repeats and no duels.
  4. Emitters: Algorithm 3's Gaussian in the cpu preset; in `--preset paper`, or with `--emitter cma`, CMA-ME as in the paper's
     experiments, but on evosax's separable CMA-ES (a full covariance needs LAPACK in a batched loop, which can hang on CPU), and
     ranked by improvement, children in new cells first.
@@ -118,8 +118,8 @@ class Config(RunConfig):
 
 PAPER = Config(emitter="cma", log_every=50, eval_every=1000, save_every=500, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=2, num_updates=30, log_every=1, eval_every=30, save_every=10,
-    emitter="gaussian", candidates=32, repeats=8, duels=8, num_checkpoints=7,
+    PAPER, preset="cpu", num_seeds=2, num_updates=60, log_every=1, eval_every=60, save_every=10,
+    emitter="gaussian", candidates=32, repeats=8, duels=8, num_checkpoints=5, references=("league", "hard"),
 )  # fmt: skip
 
 
@@ -318,8 +318,8 @@ def keep_newest(archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:
 
 
 def duel(key, config: Config, players: Players, archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:
-    """Children (M, N) that fill an empty cell are taken. One that beats an elite plays again, and so does that elite; the pooled
-    regrets decide. Of one cell's children only the best has a duel."""
+    """Children (M, N) that fill an empty cell are taken. One that beats an elite plays again, and so does that elite; the child's
+    new matches alone (it was chosen by the others) and all of the elite's decide. Of one cell's children only the best fights."""
     cell = cell_of(elite.level)
     held = jax.vmap(lambda a, c: filled(a)[c])(archive, cell)
     _, better = jax.vmap(offer)(archive, elite, held)
@@ -328,7 +328,7 @@ def duel(key, config: Config, players: Players, archive: Archive, elite: Elite) 
     child, fights, place = take((elite, better, cell), chosen)
     old = take(archive.genotype, place)
     again = score(key, config, players, jnp.concatenate([child.level, old.level], axis=1), config.repeats)
-    child = pooled(child, jax.tree.map(lambda x: x[:, : config.duels], again))
+    child = jax.tree.map(lambda x: x[:, : config.duels], again)
     old = pooled(old, jax.tree.map(lambda x: x[:, config.duels :], again))
 
     def settle(archive, elite, old, child, held, fights, place, chosen):
@@ -342,10 +342,10 @@ def duel(key, config: Config, players: Players, archive: Archive, elite: Elite) 
     return jax.vmap(settle)(archive, elite, old, keep, held, fights, place, chosen)
 
 
-def select_children(fights, pooled_child: Elite, child: Elite) -> Elite:
-    """The pooled numbers of those that fought, the first ones of the others."""
+def select_children(fights, new: Elite, child: Elite) -> Elite:
+    """The new numbers of those that fought, the first ones of the others."""
     pick = lambda x, y: jnp.where(fights.reshape(*fights.shape, *[1] * (x.ndim - 2)), x, y)
-    return jax.tree.map(pick, pooled_child, child)
+    return jax.tree.map(pick, new, child)
 
 
 def offer_all(key, config: Config, players: Players, archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:

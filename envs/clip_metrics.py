@@ -24,12 +24,11 @@ def perplexity(index, num: int) -> jax.Array:
 
 
 def information(table) -> jax.Array:
-    """Mutual information over the smaller entropy, of a table of counts: 0 for independent, 1 where one tells the other."""
+    """Mutual information over the columns' entropy, of a table of counts: 0 for independent, 1 where rows tell columns."""
     p = table / table.sum()
     entropy = lambda q: -(q * jnp.log(q + 1e-12)).sum()
     rows, columns = entropy(p.sum(1)), entropy(p.sum(0))
-    smaller = jnp.minimum(rows, columns)
-    return jnp.where(smaller > 1e-3, (rows + columns - entropy(p)) / smaller, 0.0)
+    return jnp.where(columns > 1e-3, (rows + columns - entropy(p)) / jnp.maximum(columns, 1e-3), 0.0)
 
 
 def random_features(frames) -> jax.Array:

@@ -60,6 +60,7 @@ class Source(NamedTuple):
     draw: Callable[[jax.Array, Any, int], tuple[Clips, Any]]  # key, world, num -> clips to train on, world
     held_out: Callable[[jax.Array, int], Clips]  # key, num -> clips never trained on
     game: Game | None = None
+    most: int = 2**31  # clips of one draw
 
 
 def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
@@ -173,7 +174,7 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
     grades = np.asarray(jax.vmap(difficulty)(num_levels + np.arange(HELD_OUT_LEVELS)))
     at_level, render = partial(env.reset_to_level, params=test), partial(env.render, params=test)
     game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), at_level, play, render, grades)
-    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, pool, train), draw, held_out, game)
+    return Source((PIXELS, PIXELS), 9, lambda key: begin(key, pool, train), draw, held_out, game, pool)
 
 
 # --- a world of one dot

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from common.config import require
 from common.env import select
 from common.nn import dense
 from common.run import Train
@@ -100,6 +101,9 @@ def make_cloning(config, source: Source, tx, init_model: Callable, infer: Callab
     """
     expert, num_keys = make_source("expert", config.num_frames, config.size, config.num_levels, 0.0), source.game.num_actions
     num = max(num_keys, config.num_actions)
+    require(config.bc_batch <= expert.most, f"--bc-batch {config.bc_batch}: at most {expert.most} experts play at once")
+    steps = expert.most * (config.num_frames - 1)
+    require(config.labels <= steps, f"--labels {config.labels}: must be at most {steps}, what {expert.most} experts do in a clip")
 
     def init(key):
         key, key_params, key_policies, key_world = jax.random.split(key, 4)

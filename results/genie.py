@@ -54,13 +54,17 @@ def dots(of) -> list[dict]:
 
 def parts(of) -> list[dict]:
     """The tokenizer and the latent action model, on levels never trained on."""
-    psnr, copy, used = of("psnr"), of("copy_psnr"), of("codes_used")
-    made = [above("tokenizer-copy", "the tokenizer's PSNR is 3 dB above that of the frame before", "own bar", psnr, copy + 3)]
+    psnr, moved, copy, used = of("psnr"), of("moved_psnr"), of("copy_psnr"), of("codes_used")
+    words = "where frames change, the tokenizer's PSNR is 3 dB above that of the frame before"
+    made = [above("tokenizer-copy", words, "own bar", moved, copy + 3)]
     made.append(above("tokenizer-psnr", "the tokenizer's PSNR is above 25 dB", "36 dB, table 6", psnr, constant(25, psnr)))
-    made.append(above("tokenizer-codes", "over 30 % of the tokens are used", "own bar", used, constant(0.3, used)))
-    gain, perplexity = of("lam_psnr_gain"), of("code_perplexity")
-    words = "the LAM's decoder loses at least 0.5 dB with other clips' codes"
-    made.append(above("lam-gain", words, "codes carry what changes", gain, constant(0.5, gain)))
+    made.append(
+        above("tokenizer-codes", "the perplexity of the tokens is over 30 % of their number", "own bar", used, constant(0.3, used))
+    )
+    perplexity = of("code_perplexity")
+    for name, what in (("", "other clips'"), ("_in_time", "the same clip's other")):
+        gain, words = of(f"lam_psnr_gain{name}"), f"the LAM's decoder loses at least 0.5 dB with {what} codes"
+        made.append(above(f"lam-gain{name.replace('_', '-')}", words, "codes carry what changes", gain, constant(0.5, gain)))
     words = "the perplexity of the six latent actions is above 3"
     made.append(above("lam-perplexity", words, "own bar", perplexity, constant(3, perplexity)))
     words = "latent actions tell of the player's true move: information over entropy, 0.2 above chance"
@@ -85,11 +89,15 @@ def control(of) -> list[dict]:
 def orders(of, runs) -> list[dict]:
     """What the paper finds better, at a shorter training."""
     delta = {name: of[name]("delta4_psnr") for name in RUNS if name.startswith("short")}
-    words = "a latent action model on pixels gives no less control than one on tokens, to 0.1 dB"
-    made = [above("pixel-lam", words, "1.91 against 1.33 dB, table 2", delta["short"], delta["short, token LAM"] - 0.1)]
-    words = "the ST-ViViT tokenizer gives rollouts no worse than the ViT's, to 0.2 dB"
+    words = "a latent action model on pixels gives control, and no less than one on tokens, to 0.1 dB"
+    bar = np.maximum(delta["short, token LAM"] - 0.1, 0)
+    made = [above("pixel-lam", words, "1.91 against 1.33 dB, table 2", delta["short"], bar)]
+    words = (
+        "with the ST-ViViT tokenizer rollouts beat the last frame of their prompt, and are no worse than with the ViT, to 0.2 dB"
+    )
     ours, theirs = (of[name]("rollout_psnr") for name in ("short", "short, ViT"))
-    made.append(above("st-vivit", words, "FVD 81 against 115, table 3", ours, theirs - 0.2))
+    bar = np.maximum(theirs - 0.2, of["short"]("still_psnr"))
+    made.append(above("st-vivit", words, "FVD 81 against 115, table 3", ours, bar))
     loss = {name: late(runs[name], "dynamics_loss") for name in ("short, width 64", "short", "short, width 256")}
     for small, large in (("short, width 64", "short"), ("short", "short, width 256")):
         widths = [name.split()[-1] if "width" in name else "128" for name in (small, large)]

@@ -109,11 +109,14 @@ def test_codes_follow_what_they_stand_for():
     np.testing.assert_allclose(genie.follow(codebook, jnp.array([0, 0, 1]), e, 1.0), [[1, 0], [0, 1], [-1, 0]], atol=1e-6)
 
 
-def test_only_codes_unused_for_long_begin_anew():
-    codebook, e = jnp.zeros((3, 2)), jnp.ones((4, 2))
-    new, unused = genie.restart(jax.random.key(0), codebook, jnp.array([9, 9, 5]), jnp.array([0, 0]), e, 10)
-    np.testing.assert_array_equal(new, [[0, 0], [1, 1], [0, 0]])
-    np.testing.assert_array_equal(unused, [0, 0, 6])
+def test_the_least_used_code_begins_anew_far_from_the_others():
+    codebook, e = jnp.array([[1.0, 0], [0, 1], [1, 0]]), jnp.array([[1.0, 0], [0, 1], [-1, 0]])
+    used, index = jnp.array([0.9, 0.02, 0.08]), jnp.array([0, 0])
+    new, share = genie.restart(jax.random.key(0), codebook, used, index, e, 0.1)
+    np.testing.assert_array_equal(new, [[1, 0], [-1, 0], [1, 0]])
+    np.testing.assert_allclose(share, [0.98 * 0.9 + 0.02, 1 / 3, 0.98 * 0.08], rtol=1e-5)
+    for least in (0.05, 0.0):  # 0.02 is above 0.05 / 3
+        np.testing.assert_array_equal(genie.restart(jax.random.key(0), codebook, used, index, e, least)[0], codebook)
 
 
 def test_nothing_of_the_next_frame_reaches_its_prediction_but_by_the_code():
@@ -205,7 +208,7 @@ def test_delta_psnr_is_zero_where_actions_do_nothing():
 
 def test_no_gradient_of_the_dynamics_reaches_the_other_parts():
     """An update leaves the tokenizer as it was, and moves the latent action model as its own training alone would."""
-    config = replace(TINY, stage="dynamics", restart_unused=0)
+    config = replace(TINY, stage="dynamics", least_use=0.0)
     train = genie.make_train(config)
     state = jax.jit(train.init)(jax.random.key(0))
     new, metrics = jax.jit(train.update)(state, 0)
@@ -299,6 +302,11 @@ def write_gif_of(path, colours, size=(20, 10)):
     for image, colour in zip((first, *rest), colours, strict=True):
         image.paste(colour, (5, 0, 15, 10))
     first.save(path, save_all=True, append_images=rest, duration=100)
+
+
+def test_more_clips_than_games_are_refused():
+    with pytest.raises(UsageError, match="--batch-size 300: only 256"):
+        genie.source_of(replace(CPU, num_levels=2, batch_size=300))
 
 
 def test_a_folder_of_films_is_cut_scaled_and_never_mixed(tmp_path):

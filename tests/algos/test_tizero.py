@@ -14,6 +14,7 @@ from algos.tizero import (
     CPU,
     LADDER,
     TOP,
+    WHOLE_TEAMS,
     TeamStep,
     begin_levels,
     draw_rivals,
@@ -82,12 +83,12 @@ def test_learning_makes_a_good_action_likelier(ratio):
     config = replace(SMALL, ratio=ratio, horizon=16, num_minibatches=4, gamma=0.0, ent_coef=0.0)
     rng, shape = np.random.default_rng(0), (16, 10, 32)
     action = rng.integers(0, 9, shape).astype(np.int8)
-    ones, whole, own = np.ones(shape, bool), rng.normal(size=(16, 128, 32)), rng.normal(size=(16, 34, 10, 32)) + 0.5
+    ones, whole, own = np.ones(shape, bool), rng.normal(size=(16, 126, 32)), rng.normal(size=(16, 43, 10, 32)) + 0.5
     actor = init_team(jax.random.key(0), 8)
     params = {"actor": actor, "critic": init_critic(jax.random.key(1), 8)}
     log_prob = np.full(shape, -np.log(11.0))
     reward, zero = (action == 5).sum(1) / 10.0, np.zeros((16, 32))
-    steps = TeamStep(whole, own, ones, action, log_prob, zero, reward, zero > 0)
+    steps = TeamStep(whole, own, ones, np.zeros((16, 3, 32)), action, log_prob, zero, reward, zero > 0)
     steps = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32 if x.dtype == float else x.dtype), steps)
     likely = lambda actor: float(jax.nn.softmax(tizero.apply_team(actor, steps.whole[0], steps.own[0]), 0)[5].mean())
     tx = optax.adam(1e-2)
@@ -156,6 +157,8 @@ def test_rewards_are_the_teams_difference():
     assert reward() == pytest.approx(crowd)
     assert reward(goal=0) == pytest.approx(crowd + 1) and reward(goal=1) == pytest.approx(crowd - 1)
     assert reward(completed=0, owned=1) == pytest.approx(crowd + 0.1 - 0.01)
+    waits = team_reward(config, state._replace(mode=jnp.full(1, 4)), info_of(owned=1), none)
+    assert float(waits[0]) == pytest.approx(crowd)  # the ball is out of play
     off = team_reward(config, state._replace(x=state.x.at[0, 3].set(56.0)), info_of(), none)
     assert float(off[0]) == pytest.approx(-0.1 - 0.2)  # one pair fewer; one player beyond the right end
     assert reward(jnp.array([[0.1], [0.3]])) == pytest.approx(crowd - 0.1)
@@ -167,7 +170,7 @@ def test_rewards_are_the_teams_difference():
 def test_opponents_are_drawn_evenly_then_by_how_hard_they_are():
     born, points = jnp.array([2, 4, 0, 0]), jnp.array([0.9, 0.4, 0.5, 0.5])
     np.testing.assert_allclose(opponent_weights(born, points, False), [1, 1, 0, 0])
-    np.testing.assert_allclose(opponent_weights(born, points, True), [0.1, 0.6, 0, 0], rtol=1e-5)
+    np.testing.assert_allclose(opponent_weights(born, points, True), [0.01, 0.36, 0, 0], rtol=1e-5)
 
 
 def drawn(config, state, t, times=200):
@@ -185,16 +188,17 @@ def test_rivals_come_from_where_they_should():
     assert (slot == 0).mean() == pytest.approx(0.1, abs=0.03) and not (slot >= 2).any()
     where = rivals.teams.whole[..., 0, 0]
     assert (where[slot == 1] == 2).all() and (where[slot == -1] == state.params["actor"].whole[0, 0]).all()
-    assert (rung == TOP).mean() == pytest.approx(0.5 + 0.5 / len(LADDER), abs=0.03)
+    assert (rung == TOP).mean() == pytest.approx(0.5 + 0.5 / (len(LADDER) - WHOLE_TEAMS), abs=0.03)
+    assert rung.min() == WHOLE_TEAMS, "at the top only whole teams play"
     assert rivals.is_team[rung == TOP].mean() == pytest.approx(0.75, abs=0.03) and not rivals.is_team[rung < TOP].any()
     easy = np.isclose(rivals.bots.skill, BOTS["easy"].skill)
     assert not easy[rung == TOP].any()
-    for place, row in enumerate(LADDER[:TOP]):
+    for place, row in list(enumerate(LADDER[:TOP]))[WHOLE_TEAMS:]:
         assert np.allclose(rivals.bots.skill[rung == place], BOTS[row.bot].skill)
     _, _, slot = drawn(config, state, config.num_updates - 1)  # generalise
     old = slot[slot >= 0]
     assert (slot == -1).mean() == pytest.approx(0.2, abs=0.03)
-    assert (old == 1).mean() == pytest.approx(0.6 / 0.7, abs=0.03)
+    assert (old == 1).mean() == pytest.approx(0.36 / 0.37, abs=0.03)
     _, _, slot = drawn(config, state_of(config, rung=jnp.int32(TOP)), 0)
     assert (slot == -1).all(), "nobody is in the league yet"
 
@@ -205,8 +209,8 @@ def test_points_against_a_checkpoint_follow_its_matches():
     count = jnp.array([[2, 1, 9, 9, 1, 5, 5, 5], [1, 1, 0, 0, 0, 5, 5, 5], [0, 0, 9, 9, 0, 0, 0, 0]])
     state = state_of(config, points=jnp.full(4, 0.5))
     new, _ = keep_score(config, state, jnp.full(8, TOP), is_team, slot, count, jnp.int32(0))
-    taken = (1 + 0.5 + 1 + 0.5) / 4  # of four levels two were won, two had no goal
-    np.testing.assert_allclose(new.points, [0.5, 0.9 * 0.5 + 0.1 * taken, 0.5, 0.5], rtol=1e-5)
+    # of four levels two were won, and two had no goal; the other's were against bots
+    np.testing.assert_allclose(new.points, [0.5, 0.9 * 0.5 + 0.1, 0.5, 0.5], rtol=1e-5)
 
 
 def test_checkpoints_join_the_league_at_equal_distances():
@@ -228,7 +232,7 @@ def test_a_run_leaves_its_league_and_says_how_matches_ended(tmp_path, monkeypatc
     monkeypatch.setattr("sys.argv", ["tizero"])
     tizero.main(config)
     teams, names = load_league(tmp_path / "run" / "league.npz")
-    assert names == ["update 2", "update 4", "update 6", "update 8"] and teams.whole.shape == (4, 8, 128)
+    assert names == ["update 2", "update 4", "update 6", "update 8"] and teams.whole.shape == (4, 8, 126)
     newest = np.load(tmp_path / "run" / "checkpoints" / "00000008.npz")["params/actor/whole"][0]
     np.testing.assert_allclose(teams.whole[-1], newest, rtol=1e-3, atol=1e-6)
     assert "2 whole matches against the hard bot" in capsys.readouterr().out

@@ -351,7 +351,7 @@ def test_single_matches_and_auto_reset():
     goes_on = ~over & ~goal
     for name, x, y in zip(FootballState._fields, after, wide, strict=True):
         np.testing.assert_allclose(x[..., goes_on], y[..., goes_on], atol=2e-5, err_msg=name)
-    assert obs.shape == (20, 162, MATCHES) and reward.shape == (20, MATCHES)
+    assert obs.shape == (20, 171, MATCHES) and reward.shape == (20, MATCHES)
     assert (
         (after.time[over] == 0).all() and (after.mode[over] == KICK_OFF).all() and (after.owner[..., over].sum((0, 1)) == 1).all()
     )

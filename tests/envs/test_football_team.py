@@ -48,12 +48,12 @@ def with_ball(state, side, player):
 
 def test_logits_are_those_of_a_plain_network_over_the_worlds_observations():
     params, state = team(), with_ball(level(), 0, 4)
-    obs = np.asarray(ENV.get_obs(state, PARAMS))  # (20, 162), time 0: all of the match is left
+    obs = np.delete(np.asarray(ENV.get_obs(state, PARAMS)), (126, 127), 1)  # (20, 169), without score and clock
     first = np.tanh(obs @ np.concatenate([params.whole, params.own], 1).T + params.first_bias)
     plain = np.tanh(first @ params.hidden.T + params.hidden_bias) @ params.last.T + params.last_bias
     for side in (0, 1):
-        logits = np.asarray(team_logits(params, state, 1.0, side))
-        legal = np.asarray(legal_actions(*views(state, 1.0, side))).T
+        logits = np.asarray(team_logits(params, state, side))
+        legal = np.asarray(legal_actions(*views(state, side))).T
         assert legal.any(1).all() and not legal.all()
         np.testing.assert_allclose(logits[legal], plain[10 * side : 10 * side + 10][legal], rtol=1e-4, atol=1e-4)
         assert (logits[~legal] < -1e8).all()
@@ -61,11 +61,11 @@ def test_logits_are_those_of_a_plain_network_over_the_worlds_observations():
 
 def test_matches_side_by_side_are_matches_alone():
     params, many = team(), level(1, (2, 3))
-    logits = team_logits(params, many, 0.5, 1)
+    logits = team_logits(params, many, 1)
     assert logits.shape == (10, 19, 2, 3)
-    alone = team_logits(params, jax.tree.map(lambda x: x[..., 1, 2], many), 0.5, 1)
+    alone = team_logits(params, jax.tree.map(lambda x: x[..., 1, 2], many), 1)
     np.testing.assert_allclose(logits[..., 1, 2], alone, rtol=1e-4, atol=1e-4)
-    actions = team_actions(jax.random.key(0), params, many, 0.5, 1)
+    actions = team_actions(jax.random.key(0), params, many, 1)
     assert actions.shape == (10, 2, 3) and actions.dtype == jnp.int32
 
 
@@ -73,11 +73,11 @@ def test_the_right_team_sees_what_the_left_would_in_the_turned_world():
     params, spots = team(), ENV.sample_level(jax.random.key(3)).reshape(21, 2)
     turned = jnp.concatenate([-spots[10:20], -spots[:10], -spots[20:]])
     here, there = (ENV.reset_to_level(x.reshape(42)) for x in (spots, turned))
-    np.testing.assert_allclose(team_logits(params, here, 0.3, 0), team_logits(params, there, 0.3, 1), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(team_logits(params, here, 0), team_logits(params, there, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_initial_actions_are_about_equally_likely():
-    logits = np.asarray(team_logits(init_team(jax.random.key(0), 16), level(), 1.0))
+    logits = np.asarray(team_logits(init_team(jax.random.key(0), 16), level()))
     legal = logits > -1e8
     assert np.abs(logits[legal]).max() < 0.2
 
@@ -86,7 +86,7 @@ def test_initial_actions_are_about_equally_likely():
 
 
 def legal_of(state, side, player):
-    return set(np.flatnonzero(legal_actions(*views(state, 1.0, side))[:, player - 1]))
+    return set(np.flatnonzero(legal_actions(*views(state, side))[:, player - 1]))
 
 
 def test_legal_actions():
@@ -94,7 +94,11 @@ def test_legal_actions():
     runs = set(range(9))
     assert legal_of(state, 0, 4) == runs | KICKS | {SPRINT, DRIBBLE}
     assert legal_of(state, 0, 5) == runs | {SPRINT}
-    assert legal_of(state, 1, 5) == runs | {SPRINT, SLIDE}
+    assert legal_of(state, 1, 5) == runs | {SPRINT}
+    near = state._replace(x=state.x.at[1, 5].set(state.ball[0] + 2.0), y=state.y.at[1, 5].set(state.ball[1]))
+    assert legal_of(near, 1, 5) == runs | {SPRINT, SLIDE} and SLIDE not in legal_of(near, 0, 5)
+    for changes in (dict(mode=jnp.int32(1)), dict(stun=near.stun.at[1, 5].set(3))):
+        assert SLIDE not in legal_of(near._replace(**changes), 1, 5)
     kicking = state._replace(kick=jnp.int32(SHOT))
     assert not KICKS & legal_of(kicking, 0, 4)
     on = state.sprint.at[0, 4].set(True)
