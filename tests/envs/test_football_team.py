@@ -94,8 +94,9 @@ def test_legal_actions():
     runs = set(range(9))
     assert legal_of(state, 0, 4) == runs | KICKS | {SPRINT, DRIBBLE}
     assert legal_of(state, 0, 5) == runs | {SPRINT}
-    assert legal_of(state, 1, 5) == runs | {SPRINT}
-    near = state._replace(x=state.x.at[1, 5].set(state.ball[0] + 2.0), y=state.y.at[1, 5].set(state.ball[1]))
+    beside = lambda gap: state._replace(x=state.x.at[1, 5].set(state.ball[0] + gap), y=state.y.at[1, 5].set(state.ball[1]))
+    near = beside(2.0)
+    assert legal_of(beside(4.0), 1, 5) == runs | {SPRINT}
     assert legal_of(near, 1, 5) == runs | {SPRINT, SLIDE} and SLIDE not in legal_of(near, 0, 5)
     for changes in (dict(mode=jnp.int32(1)), dict(stun=near.stun.at[1, 5].set(3))):
         assert SLIDE not in legal_of(near._replace(**changes), 1, 5)
