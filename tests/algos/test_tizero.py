@@ -30,6 +30,7 @@ from algos.tizero import (
 from common.config import UsageError
 from envs.football import Football
 from envs.football_bots import BOTS
+from envs.football_state import KICK_OFF
 from envs.football_team import init_team, load_league
 
 pytestmark = pytest.mark.timeout(240)
@@ -100,15 +101,16 @@ def test_learning_makes_a_good_action_likelier(ratio):
 
 
 def test_levels_are_those_of_their_rungs():
-    rung = jnp.repeat(jnp.arange(len(LADDER)), 50)
+    rung = jnp.repeat(jnp.arange(len(LADDER)), 100)
     state = begin_levels(jax.random.key(0), ENV, rung)
     for place, row in enumerate(LADDER):
         here = np.asarray(rung) == place
         active, x, y = (np.asarray(v)[..., here] for v in (state.active, state.x, state.y))
         assert (active[0, 1:].sum(0) == row.attackers).all() and (active[1, 1:].sum(0) == row.defenders).all()
         assert active[0, 0].all() and (active[1, 0] == row.keeper).all()
-        ball = np.asarray(state.ball)[0, here] / 54.4
-        assert (ball >= row.ball_from - 1e-5).all() and (ball <= row.ball_to + 1e-5).all()
+        ball, kick_off = np.asarray(state.ball)[0, here] / 54.4, np.asarray(state.mode)[here] == KICK_OFF
+        assert kick_off.mean() == (pytest.approx(0.2, abs=0.12) if place >= WHOLE_TEAMS else 0)
+        assert (ball >= row.ball_from - 1e-5)[~kick_off].all() and (ball <= row.ball_to + 1e-5).all()
         assert (np.abs(x[active]) <= 55).all() and (np.abs(y[active]) <= 36).all()
         if row.attackers < 10:
             assert (np.abs(x[0, 1 : row.attackers + 1] / 54.4 - ball) < 0.3).all()
