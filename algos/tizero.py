@@ -9,11 +9,12 @@ Run:     python algos/tizero.py         (--ratio independent for PPO's ratio of 
 
 Paper:   --preset paper
 
-Expect:  not measured yet; a run ends with 200 whole matches against each of three bots
+Expect:  a run ends with 200 whole matches against each of three bots; the shipped league's (seed 0, about 75 minutes on one core)
+         won 200, 200 and 190 against the easy, the medium and the hard bot, and lost 0, 0 and 4
 
 A run's league is in league.npz (`load_league` of envs/football_team.py reads it); matches.json tells how whole matches against the
-bots ended. The league that is shipped is envs/data/football_league.npz; its `meta` has the command and the commit that made it (on
-levels of 128 steps), and a run's league.npz can take its place.
+bots ended. The league that is shipped is envs/data/football_league.npz; its `meta` has the command and the commit that made it. A
+run's league.npz can take its place.
 
 Differs from the paper (2302.07515; its training code is not public, so what is not in the paper is chosen here):
  1. The world is envs/football.py, not the Google Research Football engine, and the bots are envs/football_bots.py's.
@@ -22,8 +23,9 @@ Differs from the paper (2302.07515; its training code is not public, so what is 
  3. Training and league are on levels that end with a goal or after 256 steps, so that an attack that fails can be answered (whole
     matches, 3000 steps). MADRID's levels have 128. Players see neither score nor clock.
  4. The ladder's rungs are this file's (ten levels; there as here a team climbs by winning, and what changes is the opponent's
-    strength and where players and ball are); it climbs with time too, and goes on playing lower rungs. Bots stay at its top.
- 5. Masked are actions that would do nothing, and slides without an opponent on the ball (others too, such as shots from afar).
+    strength and where players and ball are); it climbs with time too, and goes on playing lower rungs (at the top, those of
+    whole teams). Bots stay at its top. The critic is told who plays and on which rung.
+ 5. Masked are actions that would do nothing, and slides but near a ball that the others have (more, such as shots from afar).
  6. The world's checkpoint reward is added. Players begin with a liking for idling, which keeps them running where they run.
  7. The learner plays on the left: the world turns the pitch for the right team. No random actions at the start of levels, which are
     random themselves.
@@ -151,7 +153,7 @@ class Config(RunConfig):
 
 PAPER = Config(preset="paper", hidden=256, num_updates=48_000, num_matches=1024, num_groups=32, league_size=48, lr=5e-4)
 PAPER = replace(PAPER, gamma=0.999, log_every=10, eval_every=2000, save_every=500, pass_coef=0.05)
-CPU = Config(preset="cpu", num_updates=1600, num_matches=128, log_every=5, eval_every=200, save_every=200)
+CPU = Config(preset="cpu", num_updates=1600, num_matches=128, log_every=5, eval_every=400, save_every=200)
 
 
 class State(NamedTuple):
