@@ -21,7 +21,8 @@ Differs from the paper (2302.07515; its training code is not public, so what is 
  2. A player's network is a perceptron with two hidden layers over the team's view and his own, without memory (six encoders, an
     LSTM of 256, and a head that predicts who he is); 64 units wide, with --preset paper 256.
  3. Training and league are on levels that end with a goal or after 256 steps, so that an attack that fails can be answered (whole
-    matches, 3000 steps). MADRID's levels have 128. Players see neither score nor clock.
+    matches, 3000 steps). MADRID's levels have 128. Players see neither score nor clock, and a
+    time-out is no end: the value of what comes next counts.
  4. The ladder's rungs are this file's (ten levels; there as here a team climbs by winning, and what changes is the opponent's
     strength and where players and ball are); it climbs with time too, and goes on playing lower rungs (at the top, those of
     whole teams). Bots stay at its top. The critic is told who plays and on which rung.

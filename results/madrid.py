@@ -182,7 +182,7 @@ def references(folders, of, games) -> list[dict]:
     ranks = np.array([stats.spearmanr(np.arange(number), row).statistic for row in each])
     words = "regret rises with the reference's place in the league (rank correlation at least .5)"
     made = [above("strength", words, "fig. 5", ranks, constant(0.5, ranks))]
-    share = significant(folders)[:, :number].mean((1, 2))
+    share = np.nanmean(significant(folders)[:, :number], (1, 2))
     words = (
         "in over 10 % of scenarios an earlier team does better against the target than the target itself, by 1.64 standard errors"
     )
@@ -194,12 +194,13 @@ def references(folders, of, games) -> list[dict]:
 
 
 def significant(folders) -> np.ndarray:
-    """Whether regret with fresh luck is above 0 by 1.64 standard errors (seeds, references, cells); 5 % are by chance."""
+    """Whether regret with fresh luck is above 0 by 1.64 standard errors (seeds, references, cells): 0, 1, or NaN
+    for empty cells; 5 % are by chance."""
     played = summary(folders[0])["config"]["final_repeats"]
-    xp, sp = array(folders, "cell_xp"), array(folders, "cell_sp")
+    regret, xp, sp = (array(folders, name) for name in ("cell_regret_again", "cell_xp", "cell_sp"))
     variance = lambda x: x.sum(-1) - (x[..., 0] - x[..., 1]) ** 2  # of a match's value, which is 1, 0 or -1
-    regret = (xp[..., 0] - xp[..., 1]) - (sp[..., 0] - sp[..., 1])
-    return regret > 1.64 * np.sqrt((variance(xp) + variance(sp)) / played)
+    bar = 1.64 * np.sqrt((variance(xp) + variance(sp)) / played)
+    return np.where(np.isnan(regret), np.nan, regret > bar)
 
 
 def world(games) -> list[dict]:
