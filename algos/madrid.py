@@ -44,7 +44,7 @@ from common.run import Train, run
 from envs.football import Football, FootballParams
 from envs.football_bots import BOTS, Bot, bot_actions, bot_of, pair
 from envs.football_state import HALF_LENGTH, HIGH, LEVEL_SIZE, LONG, SHORT, SHOT, SIDE, STOP, FootballState
-from envs.football_team import Team, load_league, team_actions
+from envs.football_team import Team, load_league, match_actions, team_actions
 
 GRID = (20, 8)
 CELLS = GRID[0] * GRID[1]
@@ -118,8 +118,8 @@ class Config(RunConfig):
 
 PAPER = Config(emitter="cma", log_every=50, eval_every=1000, save_every=500, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=2, num_updates=60, log_every=1, eval_every=60, save_every=10,
-    emitter="gaussian", candidates=32, repeats=8, duels=8, num_checkpoints=5, references=("league", "hard"),
+    PAPER, preset="cpu", num_seeds=2, num_updates=40, log_every=1, eval_every=40, save_every=10,
+    emitter="gaussian", candidates=32, repeats=8, duels=8, num_checkpoints=4, references=("league", "hard"),
 )  # fmt: skip
 
 
@@ -183,22 +183,32 @@ class Either(NamedTuple):
     team: Team
 
 
-def side_actions(key, side: Bot | Team | Either, state: FootballState, team: int) -> jax.Array:
+def side_actions(key, side: Bot | Team, state: FootballState, team: int) -> jax.Array:
     """Actions (10, B) of one side."""
-    if isinstance(side, Either):
-        return jax.lax.cond(side.is_bot, *(partial(side_actions, key, one, state, team) for one in side[1:]))
     if isinstance(side, Team):
         return team_actions(key, side, state, team)
     both = (side, BOTS["hard"]) if team == 0 else (BOTS["hard"], side)
     return jnp.split(bot_actions(key, state, pair(*both)), 2)[team]
 
 
+def chosen_actions(key, left: Bot | Team | Either, right: Bot | Team, state: FootballState):
+    """Actions (10, B) of the left side and of the right."""
+    if isinstance(left, Either):
+        key, key_bot = jax.random.split(key)
+        by_team, theirs = chosen_actions(key, left.team, right, state)
+        by_bot = partial(side_actions, key_bot, left.bot, state, 0)
+        return jax.lax.cond(left.is_bot, by_bot, lambda: by_team), theirs
+    if isinstance(left, Bot) and isinstance(right, Bot):
+        return jnp.split(bot_actions(key, state, pair(left, right)), 2)
+    if isinstance(left, Team) and isinstance(right, Team):
+        return jnp.split(match_actions(key, left, right, state), 2)
+    key_left, key_right = jax.random.split(key)
+    return side_actions(key_left, left, state, 0), side_actions(key_right, right, state, 1)
+
+
 def acts(key, sides, flaw: str, flawed, state: FootballState) -> jax.Array:
     """Actions (20, B) of two sides; those of a side that is `flawed` with a flaw."""
-    if all(isinstance(side, Bot) for side in sides):
-        chosen = jnp.split(bot_actions(key, state, pair(*sides)), 2)
-    else:
-        chosen = [side_actions(k, sides[i], state, i) for i, k in enumerate(jax.random.split(key))]
+    chosen = chosen_actions(key, *sides, state)
     if flaw != "none":
         chosen = [jnp.where(flawed[i], with_flaw(flaw, state, action, i), action) for i, action in enumerate(chosen)]
     return jnp.concatenate(chosen)

@@ -78,6 +78,13 @@ def team_actions(key, params: Team, state: FootballState, team: int = 0) -> jax.
     return sample_actions(key, apply_team(params, *views(state, team)))[0]
 
 
+def match_actions(key, left: Team, right: Team, state: FootballState) -> jax.Array:
+    """Sampled actions (20, B) of two teams, the left one first, as `step_env` takes them. One product for both."""
+    both = jax.tree.map(lambda a, b: jnp.stack([jnp.asarray(a), jnp.asarray(b)]), left, right)
+    logits = jax.vmap(apply_team, out_axes=2)(both, team_view(state, 0.0)[:, :WHOLE_VIEW], own_view(state).swapaxes(1, 2))
+    return jnp.moveaxis(sample_actions(key, logits)[0], 1, 0).reshape(20, *state.time.shape)
+
+
 def sample_actions(key, logits):
     """Logits (19, 10, ...) -> actions (10, ...) int32 and their log-probabilities, by one uniform number a player.
 

@@ -15,7 +15,7 @@ from measure import ROOT, above, constant, equal, last, made_by, over, pooled, s
 from scipy import stats
 
 sys.path[:0] = [str(ROOT)]
-BOTS_ALONE = "--league none --target hard --references sound --num-updates 200 --eval-every 200"
+BOTS_ALONE = "--league none --target hard --references sound --num-updates 100 --eval-every 100"
 RUNS = {  # name -> flags of algos/madrid.py
     "MADRID": "",
     "targeted": "--method targeted",

@@ -14,6 +14,7 @@ from envs.football_team import (
     init_team,
     legal_actions,
     load_league,
+    match_actions,
     sample_actions,
     save_league,
     shipped_league,
@@ -67,6 +68,15 @@ def test_matches_side_by_side_are_matches_alone():
     np.testing.assert_allclose(logits[..., 1, 2], alone, rtol=1e-4, atol=1e-4)
     actions = team_actions(jax.random.key(0), params, many, 1)
     assert actions.shape == (10, 2, 3) and actions.dtype == jnp.int32
+
+
+def test_two_teams_at_once_act_as_each_alone():
+    pairing = [team(seed=seed)._replace(last=1e4 * team(seed=seed).last) for seed in (0, 5)]  # sure of what they do
+    many = level(1, (64,))
+    both = match_actions(jax.random.key(0), *pairing, many)
+    alone = [team_actions(jax.random.key(1), one, many, side) for side, one in enumerate(pairing)]
+    assert both.shape == (20, 64) and (alone[0] != alone[1]).any()
+    assert (both == jnp.concatenate(alone)).mean() > 0.99  # but where two logits are equal to rounding
 
 
 def test_the_right_team_sees_what_the_left_would_in_the_turned_world():
