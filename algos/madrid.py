@@ -19,8 +19,8 @@ the worst scenarios, and a film of the two worst: cross-play on the left, self-p
 
 Differs from the paper (2401.13460; its code is not public):
  1. World, target and league are envs/football.py's and algos/tizero.py's, bots envs/football_bots.py's.
- 2. Cells: 20 x 8 places of the ball (160 uniform ones, shape not stated).
- 3. In the cpu preset 8 repeats, not 4, and duels: a child that beats an elite and that elite both play again; the child's new
+ 2. Cells: 20 x 8 places of the ball (160 uniform ones, shape not stated), in the cpu preset 10 x 4.
+ 3. In the cpu preset 16 repeats, not 4, and duels: a child that beats an elite and that elite both play again; the child's new
     matches and all of the elite's decide. `--preset paper` has 4 repeats and no duels.
  4. Emitters: Algorithm 3's Gaussian in the cpu preset; in `--preset paper`, or with `--emitter cma`, CMA-ME as in the paper's
     experiments, but on evosax's separable CMA-ES (a full covariance needs LAPACK in a batched loop, which can hang on CPU), and
@@ -46,8 +46,6 @@ from envs.football_bots import BOTS, Bot, bot_actions, bot_of, pair
 from envs.football_state import HALF_LENGTH, HIGH, LEVEL_SIZE, LONG, SHORT, SHOT, SIDE, STOP, FootballState
 from envs.football_team import Team, load_league, match_actions, team_actions
 
-GRID = (20, 8)
-CELLS = GRID[0] * GRID[1]
 OFFSET = 2.0  # of the QD score: regret is at least -2
 
 
@@ -72,6 +70,8 @@ class Config(RunConfig):
     flaw: Literal["none", "never_shoots", "never_passes", "frozen", "ignores_loose_ball"] = "none"
     """A weakness planted in the target's actions. frozen: with the ball in its own third it stands still."""
 
+    grid: tuple[int, int] = (20, 8)
+    """Cells along and across the pitch, by where the ball is."""
     candidates: int = 60
     """Levels for each reference in an iteration."""
     repeats: int = 4
@@ -94,6 +94,8 @@ class Config(RunConfig):
         super().__post_init__()
         for name in ("candidates", "repeats", "horizon", "num_emitters", "final_repeats", "chunk", "num_checkpoints"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name, count in zip(("along", "across"), self.grid, strict=True):
+            require(1 <= count <= 1000, f"--grid: {count} cells {name} the pitch; must be between 1 and 1000")
         require(0 <= self.duels <= self.candidates, f"--duels {self.duels}: must lie between 0 and --candidates {self.candidates}")
         require(self.sigma > 0, f"--sigma {self.sigma}: must be positive")
         least = max(self.repeats, self.final_repeats)
@@ -112,14 +114,19 @@ class Config(RunConfig):
             require(each >= 4, f"--num-emitters {self.num_emitters}: leaves {each} candidates for each, must be at least 4")
 
     @property
+    def num_cells(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
     def split_size(self) -> int:
         return 2 if self.repeats % 2 == self.final_repeats % 2 == 0 else 1
 
 
 PAPER = Config(emitter="cma", log_every=50, eval_every=1000, save_every=500, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=2, num_updates=40, log_every=1, eval_every=40, save_every=10,
-    emitter="gaussian", candidates=32, repeats=8, duels=8, num_checkpoints=4, references=("league", "hard"),
+    PAPER, preset="cpu", num_seeds=2, num_updates=30, log_every=1, eval_every=30, save_every=10,
+    emitter="gaussian", grid=(10, 4), candidates=16, repeats=16, duels=8, final_repeats=64, num_checkpoints=4,
+    references=("league", "hard"),
 )  # fmt: skip
 
 
@@ -307,20 +314,20 @@ def pooled(a: Elite, b: Elite) -> Elite:
 # --- the archive: of one reference each, but `offer_all` and `duel`
 
 
-def cell_of(level) -> jax.Array:
+def cell_of(level, config: Config) -> jax.Array:
     """The cell of a level (..., 42): x of the ball counts slowest."""
-    return grid_cell(level[..., 40:42] / np.float32([0.9, 0.4]), GRID, -1.0, 1.0)
+    return grid_cell(level[..., 40:42] / np.float32([0.9, 0.4]), config.grid, -1.0, 1.0)
 
 
-def offer(archive: Archive, elite: Elite, allowed) -> tuple[Archive, jax.Array]:
+def offer(config: Config, archive: Archive, elite: Elite, allowed) -> tuple[Archive, jax.Array]:
     """Inserts those (N,) that are allowed, by their regret -> the archive, which were taken."""
     fitness = jnp.where(allowed, regret(elite), -jnp.inf)
-    return insert(archive, elite, fitness, elite.level[:, 40:42], cell_of(elite.level))
+    return insert(archive, elite, fitness, elite.level[:, 40:42], cell_of(elite.level, config))
 
 
-def keep_newest(archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:
+def keep_newest(config: Config, archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:
     """The first of the batch in each cell replaces what is there, whatever its regret."""
-    cell = cell_of(elite.level)
+    cell = cell_of(elite.level, config)
     empty = archive._replace(fitness=archive.fitness.at[cell].set(-jnp.inf))
     new, taken = insert(empty, elite, jnp.zeros(cell.shape), elite.level[:, 40:42], cell)
     fitness = jnp.where(filled(new), regret(new.genotype), -jnp.inf)
@@ -330,9 +337,9 @@ def keep_newest(archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:
 def duel(key, config: Config, players: Players, archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:
     """Children (M, N) that fill an empty cell are taken. One that beats an elite plays again, and so does that elite; the child's
     new matches alone (it was chosen by the others) and all of the elite's decide. Of one cell's children only the best fights."""
-    cell = cell_of(elite.level)
+    cell = cell_of(elite.level, config)
     held = jax.vmap(lambda a, c: filled(a)[c])(archive, cell)
-    _, better = jax.vmap(offer)(archive, elite, held)
+    _, better = jax.vmap(partial(offer, config))(archive, elite, held)
     chosen = jnp.argsort(~better, axis=1, stable=True)[:, : config.duels]
     take = lambda tree, index: jax.tree.map(lambda x: jax.vmap(lambda y, i: y[i])(x, index), tree)
     child, fights, place = take((elite, better, cell), chosen)
@@ -342,11 +349,11 @@ def duel(key, config: Config, players: Players, archive: Archive, elite: Elite) 
     old = pooled(old, jax.tree.map(lambda x: x[:, config.duels :], again))
 
     def settle(archive, elite, old, child, held, fights, place, chosen):
-        where = jnp.where(fights, place, CELLS)  # past the end: not written
+        where = jnp.where(fights, place, config.num_cells)  # past the end: not written
         genotype = jax.tree.map(lambda x, y: x.at[where].set(y, mode="drop"), archive.genotype, old)
         archive = archive._replace(genotype=genotype, fitness=archive.fitness.at[where].set(regret(old), mode="drop"))
         elite = jax.tree.map(lambda x, y: x.at[chosen].set(y), elite, child)
-        return offer(archive, elite, ~held | jnp.zeros_like(held).at[chosen].set(fights))
+        return offer(config, archive, elite, ~held | jnp.zeros_like(held).at[chosen].set(fights))
 
     keep = select_children(fights, child, take(elite, chosen))
     return jax.vmap(settle)(archive, elite, old, keep, held, fights, place, chosen)
@@ -361,10 +368,10 @@ def select_children(fights, new: Elite, child: Elite) -> Elite:
 def offer_all(key, config: Config, players: Players, archive: Archive, elite: Elite) -> tuple[Archive, jax.Array]:
     """A batch for every reference -> archive, which were taken (M, N)."""
     if config.method == "random":
-        return jax.vmap(keep_newest)(archive, elite)
+        return jax.vmap(partial(keep_newest, config))(archive, elite)
     if config.duels:
         return duel(key, config, players, archive, elite)
-    return jax.vmap(offer)(archive, elite, jnp.ones(elite.plays.shape, bool))
+    return jax.vmap(partial(offer, config))(archive, elite, jnp.ones(elite.plays.shape, bool))
 
 
 # --- emitters
@@ -441,7 +448,7 @@ def make_train(config: Config) -> Train:
     def init(key):
         number = jax.ShapeDtypeStruct((), jnp.float32)
         like = Elite(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((LEVEL_SIZE,), (2,), (2,))), number)
-        archive = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_refs, *x.shape)), init_archive(like, CELLS, 2))
+        archive = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_refs, *x.shape)), init_archive(like, config.num_cells, 2))
         return State(archive, restart_emitters(key, cma, archive, config) if cma else (), key)
 
     def update(state: State, t):
@@ -457,7 +464,7 @@ def make_train(config: Config) -> Train:
         elite = score(key_play, config, players, levels, config.repeats)
         archive, taken = offer_all(key_duel, config, players, state.archive, elite)
         if cma:
-            held = jax.vmap(lambda a, c: a.fitness[c])(state.archive, cell_of(levels))
+            held = jax.vmap(lambda a, c: a.fitness[c])(state.archive, cell_of(levels, config))
             split = lambda x: x.reshape(num_refs, config.num_emitters, -1)
             rank = jax.vmap(jax.vmap(improvement_rank))(split(regret(elite)), split(held)).reshape(num_refs, -1)
             emitter = tell(key_tell, cma, emitter, levels, rank, taken & (t > 0), archive, config)
@@ -488,7 +495,7 @@ def summary_of(archive: Archive) -> dict:
 
 
 def play_again(key, config: Config, players: Players, archive: Archive) -> Elite:
-    """Every elite's fresh matches (M, 160). Nothing is played while the archive is empty: a loop of no or one round, as a branch
+    """Every elite's fresh matches (M, cells). Nothing is played while the archive is empty: a loop of no or one round, as a branch
     would be played by all seeds."""
     blank = jax.tree.map(jnp.zeros_like, archive.genotype)
 
@@ -520,7 +527,7 @@ def evaluate(config: Config, players: Players, state: State) -> dict:
         "reference_regret_again": mean_where(values, known, 1),
         "reference_scoring_again": mean_where(again.xp[..., 0], known, 1),
         "reference_positive_again": mean_where(values > 0, known, 1),
-        "pitch": jnp.concatenate([pitch_maps(archive.fitness), pitch_maps(fresh)]),
+        "pitch": jnp.concatenate([pitch_maps(x, config.grid) for x in (archive.fitness, fresh)]),
         "positions": positions(levels, known),
         "worst": drawings(levels.reshape(-1, LEVEL_SIZE)[order[:4]]),
         "worst_matches": film(key_film, config, players, levels, jnp.where(known, values, -jnp.inf)),
@@ -528,10 +535,10 @@ def evaluate(config: Config, players: Players, state: State) -> dict:
     }
 
 
-def pitch_maps(values, pixels: int = 6, columns: int = 5) -> jax.Array:
-    """Maps of the pitch, one a reference (M, 160), -1 blue to 1 red, grey where nothing is known: (H, W, 3) uint8."""
-    num, columns = values.shape[0], min(columns, values.shape[0])
-    tiles = jnp.pad(values, ((0, -num % columns), (0, 0)), constant_values=jnp.nan).reshape(-1, *GRID).swapaxes(1, 2)
+def pitch_maps(values, grid: tuple[int, int], length: int = 120, columns: int = 5) -> jax.Array:
+    """Maps of the pitch, one a reference (M, cells), -1 blue to 1 red, grey where nothing is known: (H, W, 3) uint8."""
+    num, columns, pixels = values.shape[0], min(columns, values.shape[0]), max(1, length // grid[0])
+    tiles = jnp.pad(values, ((0, -num % columns), (0, 0)), constant_values=jnp.nan).reshape(-1, *grid).swapaxes(1, 2)
     x = jnp.clip(jnp.repeat(jnp.repeat(tiles, pixels, 1), pixels, 2), -1, 1)[..., None]
     red, white, blue = (np.float32(c) for c in ([190, 30, 40], [248, 246, 240], [40, 80, 180]))
     colour = jnp.where(x > 0, white + x * (red - white), white - x * (blue - white))

@@ -24,7 +24,7 @@ RUNS = {  # name -> flags of algos/madrid.py
     "flaw, targeted": f"{BOTS_ALONE} --flaw never_shoots --method targeted",
     "no flaw": BOTS_ALONE,
 }
-BEST = 10  # cells of the highest estimates
+BEST = 5  # cells of the highest estimates
 LEVELS, CHUNK, FULL = 2000, 250, 200  # levels of a pairing, matches side by side, whole matches
 FAIR = 10  # times as many levels of the hard bot against itself
 BOT_NAMES = ("easy", "medium", "hard")
@@ -187,8 +187,10 @@ def references(folders, of, games) -> list[dict]:
         "in over 10 % of scenarios an earlier team does better against the target than the target itself, by 1.64 standard errors"
     )
     made.append(above("weaker", words, "90 %, fig. 6, uncorrected", share, constant(0.1, share)))
-    right = array(folders, "cell_regret_again").reshape(len(share), -1, 20, 8)
-    halves = np.nanmean(right[:, :, 10:], (1, 2, 3)), np.nanmean(right[:, :, :10], (1, 2, 3))
+    regret = array(folders, "cell_regret_again")
+    regret = regret.reshape(*regret.shape[:2], *summary(folders[0])["config"]["grid"])
+    half = regret.shape[2] // 2
+    halves = np.nanmean(regret[:, :, half:], (1, 2, 3)), np.nanmean(regret[:, :, :half], (1, 2, 3))
     words = "regret is higher with the ball in the target's half than in the reference's"
     return [*made, above("halves", words, "fig. 8", *halves)]
 
@@ -296,7 +298,7 @@ def plot_regret(runs, path: Path) -> None:
     from matplotlib.figure import Figure
 
     folders = runs["MADRID"]
-    maps = np.nanmean(array(folders, "cell_regret_again"), axis=0).reshape(-1, 20, 8)
+    maps = np.nanmean(array(folders, "cell_regret_again"), axis=0).reshape(-1, *summary(folders[0])["config"]["grid"])
     columns = 5
     rows = -(-len(maps) // columns)
     figure = Figure(figsize=(13, 1.7 * rows + 0.6), layout="constrained")

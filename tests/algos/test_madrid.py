@@ -1,6 +1,7 @@
 """MADRID: regret by hand, flaws, the archive's cells and ties, duels, emitters, the winner's curse, bad settings."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,14 @@ import pytest
 from sizes import OWN, SMALL_LEAGUE
 
 from algos import madrid
-from algos.madrid import CELLS, CPU, Config, Elite, cell_of, make_players, make_train, regret
+from algos.madrid import CPU, Config, Elite, cell_of, make_players, make_train, regret
 from common.archive import Archive, init_archive
 from common.config import UsageError
 from envs.football import Football
 from envs.football_state import LONG, SHORT, SHOT, STOP
 
 pytestmark = pytest.mark.timeout(200)
-SIZES = OWN["madrid"] | dict(references=("league", "hard"), emitter="gaussian")
+SIZES = OWN["madrid"] | dict(references=("league", "hard"), emitter="gaussian", grid=(20, 8))
 SMALL = replace(CPU, num_seeds=1, num_updates=4, log_every=2, eval_every=4, save_every=4, **SIZES)
 BOTS = replace(SMALL, league="none", target="hard", references=("hard",), candidates=16, duels=0, chunk=256)
 
@@ -36,7 +37,7 @@ def levels_at(*balls) -> np.ndarray:
 
 def empty(num_refs: int) -> Archive:
     like = elites(np.zeros(42), np.zeros(2), np.zeros(2))
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_refs, *x.shape)), init_archive(like, CELLS, 2))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (num_refs, *x.shape)), init_archive(like, SMALL.num_cells, 2))
 
 
 # --- regret
@@ -121,7 +122,7 @@ def test_flaws_change_the_targets_actions_alone():
 def test_cells():
     """20 along the pitch, 8 across it; what lies outside belongs to the edge."""
     level = levels_at((-0.9, -0.4), (-0.9, 0.4), (0.9, 0.4), (0.0, 0.0), (-0.82, -0.29), (2.0, -2.0))
-    assert cell_of(level).tolist() == [0, 7, 159, 10 * 8 + 4, 1, 152]
+    assert cell_of(level, SMALL).tolist() == [0, 7, 159, 10 * 8 + 4, 1, 152]
 
 
 def test_ties_and_whole_elites():
@@ -129,12 +130,12 @@ def test_ties_and_whole_elites():
     archive = jax.tree.map(lambda x: x[0], empty(1))
     balls = [(0.0, 0.0)] * 3 + [(0.5, 0.1)]
     first = elites(levels_at(*balls) + np.arange(4)[:, None] * 1e-3, [[0.5, 0]] * 3 + [[0, 1]], np.zeros((4, 2)))
-    archive, taken = madrid.offer(archive, first, jnp.ones(4, bool))
+    archive, taken = madrid.offer(SMALL, archive, first, jnp.ones(4, bool))
     assert taken.tolist() == [True, False, False, True]
-    again, taken = madrid.offer(archive, first, jnp.ones(4, bool))
+    again, taken = madrid.offer(SMALL, archive, first, jnp.ones(4, bool))
     assert not taken.any()
     jax.tree.map(np.testing.assert_array_equal, archive, again)
-    held = int(cell_of(first.level[0]))
+    held = int(cell_of(first.level[0], SMALL))
     np.testing.assert_array_equal(archive.genotype.level[held], first.level[0])
     assert madrid.summary_of(jax.tree.map(lambda x: x[None], archive))["qd_score"] == pytest.approx(2.5 + 1.0)
 
@@ -142,8 +143,8 @@ def test_ties_and_whole_elites():
 def test_random_keeps_the_newest():
     archive = jax.tree.map(lambda x: x[0], empty(1))
     good, bad = (elites(levels_at((0.0, 0.0), (0.0, 0.0)), [xp, [1, 0]], np.zeros((2, 2))) for xp in ([0.5, 0], [0, 0.25]))
-    archive, _ = madrid.keep_newest(archive, good)
-    archive, taken = madrid.keep_newest(archive, bad)
+    archive, _ = madrid.keep_newest(SMALL, archive, good)
+    archive, taken = madrid.keep_newest(SMALL, archive, bad)
     assert taken.tolist() == [True, False]
     np.testing.assert_allclose(archive.fitness[archive.fitness > -jnp.inf], [-0.25])
 
@@ -152,10 +153,10 @@ def test_duels(monkeypatch):
     """A lucky child falls back and is refused, the elite's pooled mean is kept; a good child wins by its new matches alone; empty
     cells are just filled."""
     balls = [(0.0, 0.0), (0.5, 0.1), (-0.5, 0.1)]
-    cells = np.asarray(cell_of(levels_at(*balls)))
+    cells = np.asarray(cell_of(levels_at(*balls), SMALL))
     archive = empty(1)
     old = elites(levels_at(*balls[:2])[None], [[[0.5, 0]] * 2], np.zeros((1, 2, 2)))
-    archive, _ = jax.vmap(madrid.offer)(archive, old, jnp.ones((1, 2), bool))
+    archive, _ = jax.vmap(partial(madrid.offer, SMALL))(archive, old, jnp.ones((1, 2), bool))
     child = elites(levels_at(*balls)[None] + 1e-3, [[[1.0, 0], [0.75, 0], [0, 1]]], np.zeros((1, 3, 2)))
 
     truth = np.float32([[0.0, 0], [0.75, 0], [0.25, 0], [0.25, 0]])  # the two children, then the two elites
@@ -184,7 +185,9 @@ def test_children_are_near_their_parents():
     archive = empty(2)
     parents = np.zeros((2, 1, 42), np.float32)
     parents[1] += 0.3
-    archive, _ = jax.vmap(madrid.offer)(archive, elites(parents, [[[0, 0]]] * 2, [[[0, 0]]] * 2), jnp.ones((2, 1), bool))
+    archive, _ = jax.vmap(partial(madrid.offer, SMALL))(
+        archive, elites(parents, [[[0, 0]]] * 2, [[[0, 0]]] * 2), jnp.ones((2, 1), bool)
+    )
     config = replace(SMALL, candidates=400)
     children = np.asarray(madrid.mutate(jax.random.key(0), archive, config))
     assert children.shape == (2, 400, 42)
@@ -198,7 +201,7 @@ def test_cma_emitters_climb_and_restart():
     config = replace(SMALL, emitter="cma", candidates=32, num_emitters=2)
     cma, archive = madrid.make_cma(config), empty(1)
     start = elites(levels_at((0.0, 0.0), (0.5, 0.1))[None], [[[0, 0]] * 2], np.zeros((1, 2, 2)))
-    archive, _ = jax.vmap(madrid.offer)(archive, start, jnp.ones((1, 2), bool))
+    archive, _ = jax.vmap(partial(madrid.offer, SMALL))(archive, start, jnp.ones((1, 2), bool))
     first = state = jax.jit(lambda key: madrid.restart_emitters(key, cma, archive, config))(jax.random.key(1))
     ask = jax.jit(lambda key, state: madrid.ask(key, cma, state, config))
     starts = np.asarray(start.level[0])
@@ -222,7 +225,7 @@ def test_winners_curse():
     config = replace(BOTS, candidates=64, horizon=64, repeats=4)
     players, archive = make_players(config), empty(1)
     play = jax.jit(lambda key, levels: madrid.score(key, config, players, levels, 4))
-    offer = jax.jit(lambda archive, elite: jax.vmap(madrid.offer)(archive, elite, jnp.ones((1, 64), bool))[0])
+    offer = jax.jit(lambda archive, elite: jax.vmap(partial(madrid.offer, SMALL))(archive, elite, jnp.ones((1, 64), bool))[0])
     ball = jnp.stack([jnp.full(64, 0.7), jnp.tile(jnp.linspace(-0.35, 0.35, 8), 8)], axis=-1)[None]  # 8 cells before a goal
     for i in range(2):
         levels = madrid.sample_levels(jax.random.key(9 + i), (1, 64)).at[:, :, 40:].set(ball)
