@@ -16,9 +16,10 @@ Expect:  not measured yet; videos/controls.gif shows what each code does, a colu
 Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):
  1. Codes are compared on the unit sphere, beta is 0.25 (not given), codebooks follow the encoder by a moving average (by the
     gradient of ||sg(e) - q||^2), and one hardly used begins anew at an encoder's output.
- 2. Positions are rotary in time and space, and in space learned too; pre-norm; feed-forward layers of `ffn` times the width (none
-    of it is given).
- 3. An action token is added to every frame of the latent action model's encoder, and read there (not given).
+ 2. Positions are rotary in time and space, and in space learned too, but in the latent actions' decoder: where that knows places, a
+    code's meaning differs from place to place. Pre-norm; feed-forward layers of `ffn` times the width (none of it is given).
+ 3. An action token is added to every frame of the latent action model's encoder; e_t is read from the difference of its outputs at
+    frames t + 1 and t (not given): read at t + 1 alone, at first it is the same vector for all changes.
  4. Frame t + 1's tokens are predicted in place, from its own unmasked tokens, all frames before, and the code of t -> t + 1 added
     to each of them (the text also allows a shift by a frame).
  5. With probability `clean_context` a clip's frames before a random one are unmasked, as they are when it is played (0).
@@ -338,16 +339,18 @@ def infer_actions(params, x, config: Config):
     h = dense(encoder["in"], x) + positions(encoder)
     token = jnp.broadcast_to(params["token"], (*x.shape[:2], 1, config.lam_width))
     h, _ = st_blocks(encoder, jnp.concatenate([h, token], axis=2), spec)
-    return unit(dense(encoder["out"], rms_norm(encoder["norm"], h[:, 1:, -1])))
+    seen = rms_norm(encoder["norm"], h[:, :, -1])
+    return unit(dense(encoder["out"], seen[:, 1:] - seen[:, :-1]))
 
 
 def predict_next(params, x, actions, config: Config) -> jax.Array:
     """x_1..x_{T-1} (B, T - 1, N, n_in), codes (B, T - 1, code_dim) -> x_2..x_T, where x_{t+1} comes from x_1..x_t, a_1..a_t.
 
-    The decoder says what changes, so that codes need not say where things are.
+    The decoder says what changes, and knows no place but by what is near, so that a code means the same everywhere.
     """
-    out, _ = st(params["decoder"], x, Spec(config.heads, config.num_frames), (actions @ params["action"])[:, :, None])
-    return x + out
+    decoder, spec = params["decoder"], Spec(config.heads, config.num_frames)
+    h, _ = st_blocks(decoder, dense(decoder["in"], x) + (actions @ params["action"])[:, :, None], spec)
+    return x + dense(decoder["out"], rms_norm(decoder["norm"], h))
 
 
 def lam_view(params, frames, config: Config) -> jax.Array:

@@ -235,7 +235,9 @@ class Programs:
         """The first state of every lane."""
         began = time.perf_counter()
         if hasattr(self._init, "lower"):  # it is not compiled yet
-            self._init = self._init.lower(self._seeds).compile()
+            on_cpu = jax.default_backend() == "cpu"  # it runs once: not worth optimising, which takes most of compiling it
+            options = {"xla_backend_optimization_level": 0} if on_cpu else {}
+            self._init = self._init.lower(self._seeds).compile(compiler_options=options)
         self.compile_s += time.perf_counter() - began
         meet()
         return self._init(self._seeds)

@@ -168,7 +168,7 @@ def how(study: Study) -> list[str]:
     return [
         f"Seeds {seeds}; {config.pretrain_updates} steps of pre-training, {config.finetune_updates} of fine-tuning, "
         f"{config.reverse_updates} of reFT, {config.batch_size} texts of {config.length} letters a step, window {config.window}, "
-        f"{config.layers} blocks of width {config.width}; {minutes:.0f} min a set; "
+        f"{config.layers} blocks of width {config.width}; {minutes:.0f} min a set, beside other work; "
         f"{made_by({'study': study.folders})}.",
         f"Mean ± standard error over seeds. The commonest answers of the tests would score {majority[0]:.3f} (a), "
         f"{majority[1]:.3f} (b, C_Te 0) and {majority[2]:.3f} (b, C_Te 1). Steps: of reFT until 90 % on a.",
