@@ -134,13 +134,14 @@ def test_nothing_of_the_next_frame_reaches_its_prediction_but_by_the_code():
 def test_the_latent_actions_decoder_gets_codes_or_what_they_were_before_quantisation():
     config = replace(TINY, beta=0.0)
     params = genie.init_lam(jax.random.key(0), config, SHAPE)
+    params["decoder"]["out"]["w"] *= 100  # at first the decoder changes next to nothing
     x = st.patchify(frames_of(jax.random.key(1), 2, config), config.lam_patch)
     e = genie.infer_actions(params, x, config)
     error_of = lambda codes: jnp.mean((genie.predict_next(params, x[:, :-1], codes, config) - x[:, 1:]) ** 2) / x.var()
     for bypass, codes in ((0.0, genie.quantise(params["codebook"], e)[0]), (1.0, e)):
         loss = genie.lam_loss(params, jax.random.key(2), x, replace(config, lam_bypass=bypass))[0]
         np.testing.assert_allclose(loss, error_of(codes), rtol=1e-5)
-    assert abs(error_of(e) - error_of(genie.quantise(params["codebook"], e)[0])) > 1e-4
+    assert abs(error_of(e) - error_of(genie.quantise(params["codebook"], e)[0])) > 1e-3
 
 
 def test_masks_spare_the_first_frame_and_clean_contexts():
