@@ -49,6 +49,7 @@ import optax
 
 from common.config import RunConfig, cli, require, require_multiple, require_range
 from common.devices import shard_batch
+from common.nn import matmul
 from common.run import Train, run
 from envs.pcfg import (
     FAMILIES,
@@ -327,10 +328,10 @@ def attend(q, k, v, seen, heads: int) -> tuple[jax.Array, jax.Array]:
 
 def block(p, x, read):
     """Residual stream (B, S, d) -> after a block. read: queries, keys, values (B, S, 3 d) -> (B, S, d), what else it returns."""
-    y, other = read(layer_norm(x, p["norm1"], p["norm1_b"]) @ p["qkv"] + p["qkv_b"])
-    x = x + y @ p["proj"] + p["proj_b"]
-    hidden = jax.nn.gelu(layer_norm(x, p["norm2"], p["norm2_b"]) @ p["up"] + p["up_b"])
-    return x + hidden @ p["down"] + p["down_b"], other
+    y, other = read(matmul(layer_norm(x, p["norm1"], p["norm1_b"]), p["qkv"]) + p["qkv_b"])
+    x = x + matmul(y, p["proj"]) + p["proj_b"]
+    hidden = jax.nn.gelu(matmul(layer_norm(x, p["norm2"], p["norm2_b"]), p["up"]) + p["up_b"])
+    return x + matmul(hidden, p["down"]) + p["down_b"], other
 
 
 def transformer(params, tokens, config: Config, weights=None):
@@ -351,7 +352,7 @@ def transformer(params, tokens, config: Config, weights=None):
 
 def predict(params, x) -> jax.Array:
     """Residual stream (..., d) -> logits (..., vocabulary)."""
-    return layer_norm(x, params["norm"], params["norm_b"]) @ params["head"]
+    return matmul(layer_norm(x, params["norm"], params["norm_b"]), params["head"])
 
 
 def answers_of(params, tokens, config: Config) -> jax.Array:

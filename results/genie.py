@@ -8,7 +8,7 @@ import numpy as np
 from measure import ROOT, above, constant, curve, draw_band, last, made_by, over, pooled, seeds_of, spread, summary, trained
 
 DOTS = "lam --data dots --size 16 --num-actions 5 --num-frames 6 --prompt-frames 1 --eval-clips 256 --patch 8"
-DOTS += " --lam-patch 2 --lam-width 64 --num-updates 3000"  # patches of the dot's size: a move looks the same everywhere
+DOTS += " --lam-patch 2 --lam-width 32 --batch-size 16 --num-updates 1200 --eval-every 1200"  # patches of the dot's size
 SHORT = "all --num-updates 1200 --tokenizer-updates 450 --eval-every 1200 --save-every 600"
 RUNS = {  # name -> flags of algos/genie.py; `cloning` begins from the folder of `CoinRun`
     "CoinRun": "all",
