@@ -302,13 +302,13 @@ def plot_regret(runs, path: Path) -> None:
     columns = 5
     rows = -(-len(maps) // columns)
     figure = Figure(figsize=(13, 1.7 * rows + 0.6), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, values in zip(panels, maps, strict=False):
         image = panel.imshow(values.T, cmap="RdBu_r", vmin=-0.5, vmax=0.5, extent=(-1, 1, 0.42, -0.42), aspect="equal")
     for i, panel in enumerate(panels):
         panel.set_axis_off() if i >= len(maps) else panel.set_title(f"reference {i + 1}", fontsize=8)
         panel.tick_params(labelsize=6)
-    figure.colorbar(image, ax=list(panels), label="regret", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="regret", shrink=0.8)
     figure.suptitle("Regret with fresh luck by the ball's place; the target defends the right goal; the league first, then bots")
     figure.savefig(path, dpi=110)
 
