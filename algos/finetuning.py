@@ -13,7 +13,7 @@ Run:     python algos/finetuning.py         (low and high prior, C_Tr 0 and 1, t
 Paper:   --preset paper
 
 Expect:  with the link, the old count near 0, yet given back by pruning a few rows, read by probes as before, and relearned sooner
-         than by models that never had it (results/finetuning). The default takes most of an hour on two cores.
+         than by models that never had it (results/finetuning).
 
 One program does all of it: `num_updates` are pre-training of all models side by side, then fine-tuning of all arms (prior x C_Tr x
 learning rate, and the protocols of Appendix E), then reFT of all arms and baselines. arrays/ holds what was measured: `make_log`

@@ -348,9 +348,8 @@ def predict_next(params, x, actions, config: Config) -> jax.Array:
 
     The decoder says what changes, and knows no place but by what is near, so that a code means the same everywhere.
     """
-    decoder, spec = params["decoder"], Spec(config.heads, config.num_frames)
-    h, _ = st_blocks(decoder, dense(decoder["in"], x) + (actions @ params["action"])[:, :, None], spec)
-    return x + dense(decoder["out"], rms_norm(decoder["norm"], h))
+    action = (actions @ params["action"])[:, :, None]
+    return x + st(params["decoder"], x, Spec(config.heads, config.num_frames), action, placed=False)[0]
 
 
 def lam_view(params, frames, config: Config) -> jax.Array:

@@ -34,8 +34,7 @@ def init_dense(key: jax.Array, n_in: int, n_out: int, gain: float = 2**0.5) -> d
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """(..., n_in), (n_in, n_out) -> (..., n_out). As one matrix: XLA's CPU product for the gradient of w is slow over several axes
-    (five times, under vmap)."""
+    """(..., n_in), (n_in, n_out) -> (..., n_out). As one matrix: XLA on CPU is slow at the gradient of w over several axes."""
     return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1]) if x.ndim > 2 else x @ w
 
 

@@ -170,9 +170,13 @@ def init_cache(params, spec: Spec, batch: int, num_tokens: int) -> Cache:
     return Cache(empty, empty, jnp.int32(0))
 
 
-def st(params, x, spec: Spec, extra=0.0, cache: Cache | None = None):
-    """Input layer, plus positions and `extra`, blocks, output layer: (B, T, N, n_in) -> (B, T, N, n_out), cache."""
-    x, cache = st_blocks(params, dense(params["in"], x) + positions(params) + extra, spec, cache)
+def st(params, x, spec: Spec, extra=0.0, cache: Cache | None = None, placed: bool = True):
+    """Input layer, plus learned positions (unless not `placed`) and `extra`, blocks, output layer.
+
+    (B, T, N, n_in) -> (B, T, N, n_out), cache.
+    """
+    places = positions(params) if placed else 0.0
+    x, cache = st_blocks(params, dense(params["in"], x) + places + extra, spec, cache)
     return dense(params["out"], rms_norm(params["norm"], x)), cache
 
 

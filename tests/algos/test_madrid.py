@@ -252,6 +252,8 @@ def test_bad_settings_are_refused(tmp_path):
         (dict(league="none", target="last"), "must be a bot's name"),
         (dict(league="none", target="hard", references=("league",)), "needs --league"),
         (dict(duels=9), "between 0 and --candidates 8"),
+        (dict(grid=(0, 4)), "--grid: 0 cells along the pitch"),
+        (dict(grid=(10, 1001)), "--grid: 1001 cells across the pitch"),
         (dict(chunk=1), "at least the repeats"),
         (dict(emitter="cma", method="targeted"), "goes with --method madrid"),
         (dict(emitter="cma", num_emitters=4), "at least 4"),
