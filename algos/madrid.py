@@ -124,7 +124,7 @@ class Config(RunConfig):
 
 PAPER = Config(emitter="cma", log_every=50, eval_every=1000, save_every=500, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_seeds=2, num_updates=30, log_every=1, eval_every=30, save_every=10,
+    PAPER, preset="cpu", num_seeds=2, num_updates=60, log_every=1, eval_every=30, save_every=10,
     emitter="gaussian", grid=(10, 4), candidates=16, repeats=16, duels=8, final_repeats=64, num_checkpoints=4,
     references=("league", "hard"),
 )  # fmt: skip
