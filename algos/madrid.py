@@ -8,6 +8,7 @@ flatters it (winner's curse): challenged elites are played again, and at evaluat
 Run:     python algos/madrid.py                   (the target: the last team of the shipped league, against its earlier selves and
                                                   the hard bot; --league runs/tizero/1/league.npz for another)
          python algos/madrid.py --league none --target hard --references easy medium sound --flaw never_shoots
+         python algos/madrid.py --resume --num-updates 120      (a finished search goes on)
 
 Paper:   --preset paper
 
@@ -53,6 +54,7 @@ OFFSET = 2.0  # of the QD score: regret is at least -2
 class Config(RunConfig):
     """MADRID's settings; the defaults are the paper's."""
 
+    may_grow = ("num_updates",)
     num_updates: int = 5000
     """Iterations: each plays `candidates` levels for every reference."""
     method: Literal["madrid", "targeted", "random"] = "madrid"

@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import tyro
 
@@ -31,6 +31,7 @@ def require(condition: bool, message: str) -> None:
 class RunConfig:
     """Settings of a run, whatever the method. A method's Config extends this with its own."""
 
+    may_grow: ClassVar[tuple[str, ...]] = ()  # settings that may be higher when a run is resumed: `num_updates` without a schedule
     preset: Literal["cpu", "paper"] = "cpu"
     """Which set of defaults to begin from: minutes on two cores, or the paper's own numbers."""
     seed: int = 0

@@ -103,7 +103,8 @@ class RunFiles:
             raise UsageError(f"--resume: {path} is no checkpoint of a run")
         ours = {k: v for k, v in as_dict(self.config).items() if k not in NOT_COMPARED}
         theirs = {k: v for k, v in meta["config"].items() if k not in NOT_COMPARED}
-        changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k)]
+        grown = [k for k in self.config.may_grow if ours[k] > theirs.get(k, ours[k])]
+        changed = [k for k in sorted(ours | theirs) if ours.get(k) != theirs.get(k) and k not in grown]
         if changed or meta["method"] != self.method or meta["lanes"] != self.lanes:
             what = ", ".join(f"{k}={theirs.get(k)} (now {ours.get(k)})" for k in changed) or meta["method"]
             raise UsageError(f"--resume: {path} was made with {what}: give the same settings, or another --out")
