@@ -78,6 +78,8 @@ class RunFiles:
             path, meta = found
             self._require_same(path, meta)
             check_fits(path, template, path)
+            if self.config.may_grow:
+                self._write_json("config.json", as_dict(self.config))
             for damaged in (other for other in folder.glob("*.npz") if other.name > path.name):
                 damaged.rename(damaged.with_suffix(".damaged"))  # so that it does not count among those kept
             return path.read_bytes()

@@ -20,6 +20,7 @@ from common.run import Train, run
 class Config(RunConfig):
     """The toy's settings."""
 
+    may_grow = ("num_updates",)
     num_updates: int = 8
     """Gradient steps."""
     log_every: int = 2

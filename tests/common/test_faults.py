@@ -3,6 +3,7 @@
 NIGHTJAX_KILLS=20 kills the run of the long test 20 times rather than 3.
 """
 
+import json
 import os
 import random
 import shutil
@@ -237,3 +238,14 @@ def test_parameters_that_are_not_finite_stop_the_run(tmp_path):
     assert "rare" in read(tmp_path / "run" / "metrics.csv")  # a metric that is often NaN, and one that always is, stop nothing
     assert toy(tmp_path, *flags, "--resume", "--allow-nan").returncode == 0
     assert "\n16,1,nan," in read(tmp_path / "run" / "metrics.csv")
+
+
+def test_a_finished_run_goes_on(tmp_path):
+    """A setting that may grow may, to the end of a run that had it from the start; it may not shrink, nor may others change."""
+    for out, updates in (("whole", 12), ("grown", 8)):
+        assert toy(tmp_path, "--num-updates", updates, "--out", out).returncode == 0
+    for flags, said in ((("--num-updates", 4), "num_updates=8 (now 4)"), (("--num-updates", 12, "--lr", 0.1), "lr=0.05 (now 0.1)")):
+        assert said in one_line(toy(tmp_path, *flags, "--out", "grown", "--resume"), 2)
+    assert toy(tmp_path, "--num-updates", 12, "--out", "grown", "--resume").returncode == 0
+    assert_same_end(tmp_path / "grown", tmp_path / "whole")
+    assert json.loads((tmp_path / "grown" / "config.json").read_text())["num_updates"] == 12
