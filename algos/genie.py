@@ -7,7 +7,8 @@ who picks codes plays the world. What counts is whether frames obey the codes: D
 Run:     python algos/genie.py all        (the tokenizer, then the latent actions and the dynamics together)
          python algos/genie.py play --load runs/genie/1         (a page on this machine, to play what was learned)
          python algos/genie.py sample --load runs/genie/1       (each code held from held-out frames: a film)
-         `tokenizer`, `lam` and `dynamics --load RUN` train a part; --data FOLDER or videos.npz learns from your own
+         `tokenizer`, `lam` and `dynamics --load RUN` train a part, beginning with those of RUN
+         --data FOLDER or videos.npz learns from your own
 
 Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 
@@ -79,6 +80,8 @@ class Config(RunConfig):
     a film of it; `play`, a page on which a person plays it; `bc`, behavioural cloning of an expert by its latent actions."""
     load: str | None = None
     """A run's folder, whose parameters to begin with. Default for all that need one: the newest run."""
+    load_parts: tuple[Literal["tokenizer", "lam", "dynamics"], ...] = ("tokenizer", "lam", "dynamics")
+    """Which of its parts a training run begins with; others begin anew, and may have other sizes."""
     port: int = 8000
     """Where `play` serves its page, on this machine only; 0: any port that is free."""
     data: str = "coinrun"
@@ -842,13 +845,15 @@ def read_run(folder: Path) -> tuple[Config, dict]:
 
 
 def starting_params(config: Config, folder: Path) -> dict:
-    """The parameters of another run, for run(given=...). Raises UsageError where they do not fit this run's sizes."""
+    """Parts of another run's parameters, for run(given=...). Raises UsageError where they do not fit this run's sizes."""
     theirs, params = read_run(folder)
     seeds = f"--load {folder}: has {theirs.num_seeds} seeds, this run {config.num_seeds}"
     require(theirs.num_seeds == config.num_seeds, f"{seeds}: give --num-seeds {theirs.num_seeds}")
+    params = {name: params[name] for name in config.load_parts}
     name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
     shapes = lambda tree: {name_of(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    given, wanted = shapes(params), shapes(state_like(config).params)
+    like = state_like(config).params
+    given, wanted = shapes(params), shapes({name: like[name] for name in params})
     for name in given | wanted:
         has, needs = given.get(name, "not there"), wanted.get(name, "none")
         require(has == needs, f"--load {folder}: {name} is {has}, this run has {needs}")

@@ -57,7 +57,8 @@ def run(
     config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple[str, ...] = (), given: Callable[[], dict] | None = None
 ) -> None:
     """Trains, evaluates, logs and saves, then prints a table. `highlights` name the metrics shown beside the progress bar.
-    `given()` are fields of the State, as numpy with an axis of seeds, with which a new run begins instead of `init`'s.
+    `given()` are fields of the State, or parts of those that are dicts, as numpy with an axis of seeds, with which a new run
+    begins instead of `init`'s.
 
     Ends the program with one line and code 2 if the request cannot be met, before anything is compiled or overwritten; with one
     line and code 1 if the run cannot go on.
@@ -120,7 +121,7 @@ def train_and_record(
     begins_with = given() if given and not config.resume else None  # here, so that its faults come before anything is compiled
     state, start = files.open(programs)
     if given and start == 0:
-        state = state._replace(**programs.place(begins_with or given()))
+        state = with_given(state, programs.place(begins_with or given()))
     programs.compile()
     console.print(
         f"[bold]{files.method}[/bold]: {len(files.lanes)} seeds on {jax.device_count()} devices, "
@@ -145,6 +146,12 @@ def train_and_record(
     raise_anywhere(files.wait(), files)
     raise_anywhere(files.finish(programs.compile_s), files)
     return True
+
+
+def with_given(state, given: dict):
+    """The state with the given fields; of a field that is a dict, with the given parts."""
+    merge = lambda ours, theirs: ours | theirs if isinstance(ours, dict) else theirs
+    return state._replace(**{name: merge(getattr(state, name), value) for name, value in given.items()})
 
 
 def record_chunk(programs: "Programs", files: RunFiles, state, t: int, metrics: dict, stopped: bool) -> None:

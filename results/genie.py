@@ -9,18 +9,18 @@ from measure import ROOT, above, constant, curve, draw_band, last, made_by, over
 
 DOTS = "lam --data dots --size 16 --num-actions 5 --num-frames 6 --prompt-frames 1 --eval-clips 256 --patch 8"
 DOTS += " --lam-patch 2 --lam-width 32 --batch-size 16 --num-updates 1200 --eval-every 1200"  # patches of the dot's size
-SHORT = "all --num-updates 1200 --tokenizer-updates 450 --eval-every 1200 --save-every 600"
-RUNS = {  # name -> flags of algos/genie.py; `cloning` begins from the folder of `CoinRun`
+SHORT = "dynamics --load {CoinRun} --load-parts tokenizer --num-updates 600 --eval-every 600 --save-every 300"
+RUNS = {  # name -> flags of algos/genie.py; {NAME} is that run's folder
     "CoinRun": "all",
     "dots": DOTS,
     "short": SHORT,
     "short, token LAM": f"{SHORT} --lam-input tokens",
-    "short, ViT": f"{SHORT} --tokenizer vit",
+    "short, ViT": "all --tokenizer vit --num-updates 1600 --tokenizer-updates 1000 --eval-every 1600 --save-every 400",
     "short, width 64": f"{SHORT} --dynamics-width 64",
-    "short, width 256": f"{SHORT} --dynamics-width 256",
-    "cloning": "bc",
+    "short, width 32": f"{SHORT} --dynamics-width 32",
+    "cloning": "bc --load {CoinRun}",
 }
-LAST = 300  # updates whose mean loss is compared between sizes, as in the paper's figure 9
+LAST = 200  # updates whose mean loss is compared between sizes, as in the paper's figure 9
 PLAYERS = ("latent", "oracle", "random", "right_up")
 
 
@@ -28,7 +28,7 @@ def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
     """Trains everything on one set of seeds -> the folders of the runs."""
     runs = {}
     for name, flags in RUNS.items():
-        flags = f"{flags} --load {runs['CoinRun']}" if name == "cloning" else flags
+        flags = flags.format(**runs)
         runs[name] = trained("genie", flags, seed, num_seeds, out / name.replace(", ", "_").replace(" ", "_").lower())
     return runs
 
@@ -98,8 +98,8 @@ def orders(of, runs) -> list[dict]:
     ours, theirs = (of[name]("rollout_psnr") for name in ("short", "short, ViT"))
     bar = np.maximum(theirs - 0.2, of["short"]("still_psnr"))
     made.append(above("st-vivit", words, "FVD 81 against 115, table 3", ours, bar))
-    loss = {name: late(runs[name], "dynamics_loss") for name in ("short, width 64", "short", "short, width 256")}
-    for small, large in (("short, width 64", "short"), ("short", "short, width 256")):
+    loss = {name: late(runs[name], "dynamics_loss") for name in ("short, width 32", "short, width 64", "short")}
+    for small, large in (("short, width 32", "short, width 64"), ("short, width 64", "short")):
         widths = [name.split()[-1] if "width" in name else "128" for name in (small, large)]
         words = f"the dynamics' loss in the last {LAST} updates is lower at width {widths[1]} than at {widths[0]}"
         made.append(above(f"scaling-{widths[1]}", words, "figure 9", loss[small], loss[large]))
@@ -160,8 +160,8 @@ def how(runs) -> list[str]:
         f"{config['num_frames']} frames, {config['batch_size']} an update; {config['maskgit_steps']} MaskGIT steps at temperature "
         f"{config['temperature']:g}, {config['prompt_frames']} frames of prompt. {made_by(runs)}.",
         f"Updates of the tokenizer, and of latent actions and dynamics: {config['tokenizer_updates']} and "
-        f"{config['num_updates'] - config['tokenizer_updates']}; short runs {short['tokenizer_updates']} and "
-        f"{short['num_updates'] - short['tokenizer_updates']}. Mean ± standard error over seeds. Frechet: distance on features of "
+        f"{config['num_updates'] - config['tokenizer_updates']}; short runs have that tokenizer (ViT: one of its own, as long in "
+        f"training) and {short['num_updates']} updates. Mean ± standard error over seeds. Frechet: distance on features of "
         "a fixed random layer, of generated frames and of true ones to other clips' frames; it is no FVD.",
     ]
 
@@ -194,7 +194,7 @@ def plot_curves(runs, path: Path) -> None:
     from matplotlib.figure import Figure
 
     columns = {"tokenizer_loss": ["CoinRun"], "lam_loss": ["CoinRun"], "dynamics_loss": ["CoinRun"]}
-    columns["dynamics_loss"] += ["short, width 64", "short", "short, width 256"]
+    columns["dynamics_loss"] += ["short, width 32", "short, width 64", "short"]
     figure = Figure(figsize=(4 * len(columns), 3.4), layout="constrained")
     for ax, (column, names) in zip(figure.subplots(1, len(columns)), columns.items(), strict=True):
         for name in names:

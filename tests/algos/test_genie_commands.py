@@ -19,6 +19,7 @@ from test_genie import TINY
 from algos import genie
 from common.checkpoint import save
 from common.config import UsageError, as_dict
+from common.run import with_given
 
 pytestmark = pytest.mark.timeout(280)
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +97,18 @@ def test_a_run_begins_from_anothers_parameters(saved):
     found = genie.starting_params(replace(SMALL, stage="lam"), folder)["params"]
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_a_part_alone_fits_whatever_the_sizes_of_the_others(saved):
+    folder, params = saved
+    changes = dict(stage="dynamics", load_parts=("tokenizer",), dynamics_width=24, num_actions=4)
+    found = genie.starting_params(replace(SMALL, **changes), folder)["params"]
+    assert set(found) == {"tokenizer"}
+    jax.tree.map(np.testing.assert_array_equal, found["tokenizer"], params["tokenizer"])
+    state = with_given(begin(replace(SMALL, num_actions=4)), {"params": found})
+    assert state.params["tokenizer"] is found["tokenizer"] and state.params["lam"]["codebook"].shape == (1, 4, 8)
+    with pytest.raises(UsageError, match="tokenizer/codebook is"):
+        genie.starting_params(replace(SMALL, **changes, num_codes=8), folder)
 
 
 @pytest.mark.parametrize(
