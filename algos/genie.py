@@ -219,7 +219,7 @@ class Config(RunConfig):
 
 PAPER = Config(log_every=50, eval_every=5000, save_every=1000, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_updates=4000, tokenizer_updates=1500, tokenizer_batch=8, batch_size=8, log_every=50, eval_every=2000,
+    PAPER, preset="cpu", num_updates=3000, tokenizer_updates=1500, tokenizer_batch=4, batch_size=4, log_every=50, eval_every=1500,
     save_every=500, num_levels=500, sticky=0.8, num_frames=8, patch=8, num_codes=256, tokenizer_width=96, encoder_blocks=2,
     decoder_blocks=2, lam_width=96, lam_blocks=2, dynamics_width=128, dynamics_blocks=4, heads=4, tokenizer_lr=1e-3,
     tokenizer_warmup=100, lr=1e-3, lr_min=1e-4, warmup=100, beta2=0.95, clean_context=0.5, prompt_frames=4,
@@ -564,16 +564,15 @@ def make_train(config: Config) -> Train:
         codebook, share = restart(key, codebook, share, index, e, config.least_use)
         return part | {"codebook": codebook}, share
 
-    def learn_tokenizer(state: State):
+    def learn_tokenizer(state: State, frames):
         """One step of stage 1."""
-        key, key_draw, key_codes = jax.random.split(state.key, 3)
-        clips, world = source.draw(key_draw, state.world, config.tokenizer_batch)
-        params, frames = state.params["tokenizer"], shard_batch(clips.frames)
+        key, key_codes = jax.random.split(state.key)
+        params, frames = state.params["tokenizer"], shard_batch(frames[: config.tokenizer_batch])
         grads, (metrics, index, e) = jax.grad(tokenizer_loss, has_aux=True)(params, frames, config)
         params, opt_state = descend("tokenizer", params, state.opt_state["tokenizer"], grads)
         params, share = renew(key_codes, params, state.shares["tokenizer"], index, e)
         opt_state, shares = state.opt_state | {"tokenizer": opt_state}, state.shares | {"tokenizer": share}
-        return State(state.params | {"tokenizer": params}, opt_state, shares, world, key), metrics
+        return State(state.params | {"tokenizer": params}, opt_state, shares, state.world, key), metrics
 
     def world_loss(params, frozen, key, frames):
         """Both losses of stage 2; no gradient goes from the dynamics to the codes, nor to the tokenizer."""
@@ -585,29 +584,33 @@ def make_train(config: Config) -> Train:
             loss, metrics = loss + more, metrics | dynamics_metrics
         return loss, (metrics, index, e)
 
-    def learn_world(state: State):
+    def learn_world(state: State, frames):
         """One step of stage 2: latent actions and dynamics on the same clips."""
-        key, key_draw, key_loss, key_codes = jax.random.split(state.key, 4)
-        clips, world = source.draw(key_draw, state.world, config.batch_size)
-        params, frames = {name: state.params[name] for name in parts}, shard_batch(clips.frames)
+        key, key_loss, key_codes = jax.random.split(state.key, 3)
+        params, frames = {name: state.params[name] for name in parts}, shard_batch(frames[: config.batch_size])
         grads, (metrics, index, e) = jax.grad(world_loss, has_aux=True)(params, state.params, key_loss, frames)
         params, opt_state = descend("world", params, state.opt_state["world"], grads)
         lam, share = renew(key_codes, params["lam"], state.shares["lam"], index, e)
         opt_state, shares = state.opt_state | {"world": opt_state}, state.shares | {"lam": share}
-        return State(state.params | params | {"lam": lam}, opt_state, shares, world, key), metrics
+        return State(state.params | params | {"lam": lam}, opt_state, shares, state.world, key), metrics
 
     def with_all_metrics(learn, other):
-        def learn_and_pad(state):
-            new, metrics = learn(state)
-            return new, nothing_like(other, state)[1] | metrics
+        def learn_and_pad(*args):
+            new, metrics = learn(*args)
+            return new, nothing_like(other, *args)[1] | metrics
 
         return learn_and_pad
 
+    batches = {"tokenizer": config.tokenizer_batch, "all": max(config.tokenizer_batch, config.batch_size)}
+
     def update(state: State, t):
+        key, key_draw = jax.random.split(state.key)
+        clips, world = source.draw(key_draw, state.world, batches.get(config.stage, config.batch_size))
+        args = state._replace(world=world, key=key), clips.frames
         if config.stage != "all":
-            return (learn_tokenizer if config.stage == "tokenizer" else learn_world)(state)
+            return (learn_tokenizer if config.stage == "tokenizer" else learn_world)(*args)
         first, then = with_all_metrics(learn_tokenizer, learn_world), with_all_metrics(learn_world, learn_tokenizer)
-        return jax.lax.cond(t < config.tokenizer_updates, first, then, state)
+        return jax.lax.cond(t < config.tokenizer_updates, first, then, *args)
 
     return Train(init, update, partial(evaluate, config, source), config.num_updates)
 
@@ -617,7 +620,9 @@ def make_train(config: Config) -> Train:
 
 def evaluate(config: Config, source: Source, state: State) -> dict:
     """Held-out clips, always the same: how well each part does its work, and a film of every code held."""
-    params, clips = state.params, source.held_out(jax.random.key(1), config.eval_clips)
+    keys = jnp.stack([jax.random.key(1), jax.random.key(3)])
+    both = jax.lax.map(lambda key: source.held_out(key, config.eval_clips), keys)
+    params, clips, others = state.params, jax.tree.map(lambda x: x[0], both), both.frames[1]
     tokens, (codes, index) = tokenise(params["tokenizer"], clips.frames, config), actions_of(params, clips.frames, config)
     results = tokenizer_results(params, clips.frames, tokens, config) if config.stage != "lam" else {}
     results |= lam_results(params, clips, codes, index, source, config) if config.stage != "tokenizer" else {}
@@ -625,7 +630,6 @@ def evaluate(config: Config, source: Source, state: State) -> dict:
         return results
     key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
     results |= token_results(key_mask, params, tokens, codes, config)
-    others = source.held_out(jax.random.key(3), config.eval_clips).frames
     results |= play_results(key_play, params, clips.frames, others, tokens, codes, config)
     return results | {"controls": controls(key_film, params, tokens[:4], codes[:4], source.shape, config)}
 

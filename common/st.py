@@ -13,6 +13,7 @@ import numpy as np
 from common.nn import dense, init_dense
 
 Kind = Literal["st_vivit", "vit", "c_vivit"]
+UNROLL = 4  # blocks in one step of the loop over them: XLA on CPU is slow at the gradient of a loop over single blocks
 
 
 class Spec(NamedTuple):
@@ -152,7 +153,7 @@ def st_blocks(params, x, spec: Spec, cache: Cache | None = None):
         time = jnp.arange(x.shape[1])
         ago = time[:, None] - time
         mask = (ago >= 0) & (ago < spec.window)
-        x, _ = jax.lax.scan(lambda x, p: (block(p, x, spec, grid, mask, time, None)[0], None), x, blocks)
+        x, _ = jax.lax.scan(lambda x, p: (block(p, x, spec, grid, mask, time, None)[0], None), x, blocks, unroll=UNROLL)
         return x.astype(jnp.float32), None
     slots = spec.window - 1
     mask = jnp.append(jnp.arange(slots) < cache.t, True)[None]

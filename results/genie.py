@@ -9,18 +9,18 @@ from measure import ROOT, above, constant, curve, draw_band, last, made_by, over
 
 DOTS = "lam --data dots --size 16 --num-actions 5 --num-frames 6 --prompt-frames 1 --eval-clips 256 --patch 8"
 DOTS += " --lam-patch 2 --lam-width 32 --batch-size 16 --num-updates 1200 --eval-every 1200"  # patches of the dot's size
-SHORT = "dynamics --load {CoinRun} --load-parts tokenizer --num-updates 600 --eval-every 600 --save-every 300"
+SHORT = "dynamics --load {CoinRun} --load-parts tokenizer --num-updates 400 --eval-every 400 --save-every 200"
 RUNS = {  # name -> flags of algos/genie.py; {NAME} is that run's folder
     "CoinRun": "all",
     "dots": DOTS,
     "short": SHORT,
     "short, token LAM": f"{SHORT} --lam-input tokens",
-    "short, ViT": "all --tokenizer vit --num-updates 1600 --tokenizer-updates 1000 --eval-every 1600 --save-every 400",
+    "short, ViT": "all --tokenizer vit --num-updates 1900 --eval-every 1900 --save-every 500",
     "short, width 64": f"{SHORT} --dynamics-width 64",
     "short, width 32": f"{SHORT} --dynamics-width 32",
     "cloning": "bc --load {CoinRun}",
 }
-LAST = 200  # updates whose mean loss is compared between sizes, as in the paper's figure 9
+LAST = 100  # updates whose mean loss is compared between sizes, as in the paper's figure 9
 PLAYERS = ("latent", "oracle", "random", "right_up")
 
 
