@@ -50,7 +50,7 @@ from common.files import new_or_newest
 from common.nn import dense, orthogonal
 from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.plot import save_gif
-from common.run import Train, begin, faults_in_one_line, nothing_like, run
+from common.run import Train, begin, faults_in_one_line, if_needed, nothing_like, run
 from common.st import (
     Cache,
     Kind,
@@ -630,8 +630,13 @@ def evaluate(config: Config, source: Source, state: State) -> dict:
         return results
     key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
     results |= token_results(key_mask, params, tokens, codes, config)
-    results |= play_results(key_play, params, clips.frames, others, tokens, codes, config)
-    return results | {"controls": controls(key_film, params, tokens[:4], codes[:4], source.shape, config)}
+    trained = state.opt_state["world"][0].count > 0  # else there is nothing to play
+
+    def played() -> dict:
+        film = controls(key_film, params, tokens[:4], codes[:4], source.shape, config)
+        return play_results(key_play, params, clips.frames, others, tokens, codes, config) | {"controls": film}
+
+    return results | if_needed(trained, played)
 
 
 def actions_of(params, frames, config: Config):

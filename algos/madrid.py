@@ -41,7 +41,7 @@ from common.archive import Archive, filled, grid_cell, improvement_rank, init_ar
 from common.config import RunConfig, cli, require, require_multiple
 from common.devices import shard_batch
 from common.env import select
-from common.run import Train, run
+from common.run import Train, if_needed, run
 from envs.football import Football, FootballParams
 from envs.football_bots import BOTS, Bot, bot_actions, bot_of, pair
 from envs.football_state import HALF_LENGTH, HIGH, LEVEL_SIZE, LONG, SHORT, SHOT, SIDE, STOP, FootballState
@@ -496,22 +496,12 @@ def summary_of(archive: Archive) -> dict:
 # --- evaluation
 
 
-def play_again(key, config: Config, players: Players, archive: Archive) -> Elite:
-    """Every elite's fresh matches (M, cells). Nothing is played while the archive is empty: a loop of no or one round, as a branch
-    would be played by all seeds."""
-    blank = jax.tree.map(jnp.zeros_like, archive.genotype)
-
-    def body(carry):
-        return jnp.bool_(False), score(key, config, players, archive.genotype.level, config.final_repeats)
-
-    return jax.lax.while_loop(lambda carry: carry[0], body, (filled(archive).any(), blank))[1]
-
-
 def evaluate(config: Config, players: Players, state: State) -> dict:
     """The archive's estimates and what fresh matches say (`..._again`); arrays of each reference and cell; pictures and a film."""
     archive, known = state.archive, state.archive.fitness > -jnp.inf
     key_again, key_film = jax.random.split(jax.random.fold_in(state.key, 0))
-    again = play_again(key_again, config, players, archive)
+    fresh_matches = lambda: score(key_again, config, players, archive.genotype.level, config.final_repeats)
+    again = if_needed(known.any(), fresh_matches)
     fresh = jnp.where(known, regret(again), jnp.nan)
     values = jnp.where(known, regret(again), 0.0)
     scalars = summary_of(archive) | {

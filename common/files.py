@@ -44,7 +44,7 @@ class RunFiles:
         self.folder = Path(from_main(lambda: str(choose()).encode()).decode())
         self.whole = whole or self.folder
         self.rows: list[dict] = []
-        self.train_s, self.began = 0.0, time.perf_counter()
+        self.train_s, self.began, self.commit = 0.0, time.perf_counter(), code_commit()
         self._columns: list[str] = []
         self._csv_holds = 0  # rows of metrics.csv that are known to be there
         self._trackers = []
@@ -242,7 +242,7 @@ class RunFiles:
         return {
             "method": self.method,
             "config": as_dict(self.config),
-            "commit": code_commit(),
+            "commit": self.commit,
             "versions": {
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("jax", "jaxlib", "optax")},

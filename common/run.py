@@ -53,6 +53,13 @@ def nothing_like(function, *args):
     return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype), like)
 
 
+def if_needed(needed, function, *args):
+    """`function(*args)` if needed () bool, else `nothing_like` it. A loop of one round or none: under vmap, where all lanes need it
+    or none does, a branch would be taken by all."""
+    once = lambda carry: (jnp.bool_(False), function(*args))
+    return jax.lax.while_loop(lambda carry: carry[0], once, (needed, nothing_like(function, *args)))[1]
+
+
 def run(
     config: RunConfig, make_train: Callable[[Any], Train], highlights: tuple[str, ...] = (), given: Callable[[], dict] | None = None
 ) -> None:
