@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import linalg
+from scipy import linalg, optimize
 
 from algos import genie
 from algos.genie import CPU
@@ -192,6 +192,21 @@ def test_sampling_keeps_known_tokens_and_ends_with_none_hidden():
     draw = jax.jit(lambda key: genie.rollout(key, params, prompt, codes, TINY))
     first, second = (np.asarray(draw(jax.random.key(i))) for i in (0, 1))
     assert first.shape == (2, 5, 4) and first.max() < 16 and first.min() >= 0 and (first != second).any()
+
+
+def test_the_copying_baseline_is_the_best_mixture():
+    """Tokens are about equally frequent, and three quarters of the last frame's are those of the frame before."""
+    frames = np.arange(16).reshape(4, 4)  # four frames of four tokens
+    tokens = np.stack([frames[[0, 1, 2, 3, 3]], frames[[3, 2, 1, 0, 0]]])
+    tokens[:, 4, 0] = 0, 15
+    share = np.bincount(tokens.ravel(), minlength=16) / tokens.size
+    u, same = share[tokens[:, -1]], np.array([False, True, True, True])
+    cost = lambda w: -np.log(w * same + (1 - w) * u).mean()
+    best = optimize.minimize_scalar(cost, bounds=(0, 0.99), method="bounded").fun
+    params = {"dynamics": genie.init_dynamics(jax.random.key(0), TINY, SHAPE)}
+    found = jax.jit(lambda key: genie.token_results(key, params, jnp.array(tokens), jnp.zeros((2, 4, 8)), TINY))(jax.random.key(1))
+    assert found["copy_cross_entropy"] == pytest.approx(best, abs=1e-2) and best < found["unigram_cross_entropy"] - 1
+    assert found["unigram_cross_entropy"] == pytest.approx(-np.log(u).mean(), rel=1e-5)
 
 
 def test_delta_psnr_is_zero_where_actions_do_nothing():
