@@ -12,7 +12,8 @@ Run:     python algos/madrid.py                   (the target: the last team of 
 
 Paper:   --preset paper
 
-Expect:  not measured yet; look at regret_again, the elites' mean regret with fresh luck, not at regret, the archive's own estimate
+Expect:  elites whose regret with fresh luck (regret_again) is a little above 0, that of `random` clearly below 0, targeted search
+         near MADRID. Regret, the archive's own estimate, is several times that: most of it is luck
 
 A run leaves arrays/ (levels, regret, regret_again; leading axes: seed, reference, cell), pictures of the regret over the pitch, a
 column a reference in the order given (the archive's estimates above, with fresh luck below), of where elites' players stand, of
