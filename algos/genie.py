@@ -887,8 +887,13 @@ def clone(config: Config, folder: Path) -> None:
     own |= {"num_updates": config.bc_updates, "num_seeds": trained.num_seeds}
     own |= {"eval_every": config.bc_updates, "save_every": min(config.save_every, config.bc_updates)}
     config = replace(trained, **own | {"stage": "bc"})
-    init_model, infer = lambda key: make_train(config).init(key).params, lambda params, x: actions_of(params, x, config)[1]
-    make = lambda config: make_cloning(config, source_of(config), optimisers(config)["world"], init_model, infer)
+
+    def make(config: Config) -> Train:
+        model = make_train(config)  # outside of what is traced: it makes CoinRun's levels
+        infer = lambda params, x: actions_of(params, x, config)[1]
+        init_model = lambda key: model.init(key).params
+        return make_cloning(config, source_of(config), optimisers(config)["world"], init_model, infer)
+
     run(config, make, highlights=("won_latent", "won_oracle"), given=lambda: {"params": params})
 
 
