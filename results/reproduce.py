@@ -93,7 +93,8 @@ def keep_runs(sets: list[dict], folder: Path, seeds: list[int]) -> None:
             kept = folder / str(seed) / run.name
             shutil.copytree(run, kept, ignore=shutil.ignore_patterns("checkpoints", "figures", "config.json"), dirs_exist_ok=True)
             found = json.loads((kept / "summary.json").read_text())
-            (kept / "summary.json").write_text(json.dumps(found | {"config": found["config"] | {"out": None}}, indent=1) + "\n")
+            nowhere = {name: None for name in ("out", "load") if name in found["config"]}
+            (kept / "summary.json").write_text(json.dumps(found | {"config": found["config"] | nowhere}, indent=1) + "\n")
 
 
 def take_kept(folder: Path, out: Path, seeds: list[int]) -> None:
