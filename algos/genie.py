@@ -631,13 +631,13 @@ def evaluate(config: Config, source: Source, state: State) -> dict:
         return results
     key_mask, key_play, key_film = jax.random.split(jax.random.key(2), 3)
     results |= token_results(key_mask, params, tokens, codes, config)
-    trained = state.opt_state["world"][0].count > 0  # else there is nothing to play
+    has_learned = state.opt_state["world"][0].count > 0  # else there is nothing to play
 
     def played() -> dict:
         film = controls(key_film, params, tokens[:4], codes[:4], source.shape, config)
         return play_results(key_play, params, clips.frames, others, tokens, codes, config) | {"controls": film}
 
-    return results | if_needed(trained, played)
+    return results | if_needed(has_learned, played)
 
 
 def actions_of(params, frames, config: Config):
