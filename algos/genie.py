@@ -206,6 +206,7 @@ class Config(RunConfig):
         for name in ("tokenizer_width", "lam_width", "dynamics_width"):
             width = getattr(self, name)
             require(width % (4 * self.heads) == 0, f"--{name.replace('_', '-')} {width}: must be a multiple of 4 * heads")
+        require(self.load_parts, "--load-parts: name at least one part")
         require(self.data != "dots" or self.size % 8 == 0, f"--size {self.size}: must be a multiple of 8")
         longest = self.num_frames - 4
         require(self.prompt_frames <= longest, f"--prompt-frames {self.prompt_frames}: 4 more must fit: at most {longest}")

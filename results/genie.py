@@ -1,11 +1,15 @@
 """Genie's claims (2402.15391), measured again on CoinRun at a scale that fits two CPU cores. Run by reproduce.py."""
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from measure import ROOT, above, constant, curve, draw_band, last, made_by, over, pooled, seeds_of, spread, summary, trained
+from measure import ROOT, above, constant, curve, draw_band, last, made_by, over, pooled, seeds_of, spread, summary, trained, under
+
+from envs.coinrun import CoinRun, EnvParams, make_map
 
 DOTS = "lam --data dots --size 16 --num-actions 5 --num-frames 6 --prompt-frames 1 --eval-clips 256 --patch 8"
 DOTS += " --lam-patch 2 --lam-width 32 --batch-size 16 --num-updates 1200 --eval-every 1200"  # patches of the dot's size
@@ -40,7 +44,46 @@ def claims(sets: list[dict[str, Path]]) -> list[dict]:
     """The claims over the seeds of all sets."""
     runs = pooled(sets)
     of = {name: partial(last, folders) for name, folders in runs.items()}
-    return [*dots(of["dots"]), *parts(of["CoinRun"]), *control(of["CoinRun"]), *orders(of, runs), *cloning(of["cloning"]), *speed()]
+    learned = [*dots(of["dots"]), *parts(of["CoinRun"]), *control(of["CoinRun"]), *orders(of, runs), *cloning(of["cloning"])]
+    return [*environment(), *learned, *speed()]
+
+
+def environment() -> list[dict]:
+    """CoinRun beside recordings of the real game."""
+    levels, different, steps, furthest = parity()
+    words = f"{levels} recorded levels of the real CoinRun are made again, cell by cell: how many differ"
+    made = [under("coinrun-levels", words, "the paper plays CoinRun", different, 0)]
+    words = f"over {steps} recorded steps of the real CoinRun, positions and velocities differ by at most 1e-4"
+    return [*made, under("coinrun-steps", words, "the paper plays CoinRun", 1e4 * furthest, 1, " e-4")]
+
+
+@cache
+def parity() -> tuple[int, int, int, float]:
+    """Levels compared, how many of them differ; steps compared, the largest error of a position (cells) or velocity (a step)."""
+    levels = different = steps = 0
+    furthest = 0.0
+    with np.load(ROOT / "tests" / "envs" / "data" / "coinrun.npz") as file:
+        recorded = dict(file)
+    for kind, prefix in (("hard", ""), ("easy", "easy_")):
+        grids = recorded[f"{prefix}level_grid"]
+        maps = jax.jit(jax.vmap(partial(make_map, hard=kind == "hard")))(np.uint32(recorded[f"{prefix}level_seed"]))
+        levels, different = levels + len(grids), different + int((np.asarray(maps.grid) != grids).any((1, 2)).sum())
+        actions, theirs, done = (recorded[f"{kind}_{name}"] for name in ("action", "agent", "done"))
+        ours, going = played(CoinRun(hard=kind == "hard"), recorded[f"{kind}_seed"], actions), ~np.logical_or.accumulate(done, 1)
+        steps, furthest = steps + int(going.sum()), max(furthest, float(np.abs(ours - theirs)[going].max()))
+    return levels, different, steps, furthest
+
+
+def played(env: CoinRun, seeds, actions) -> np.ndarray:
+    """Levels of these seeds (N,) played with actions (N, T) -> x, y, vx, vy after each (N, T, 4)."""
+    params = EnvParams(env.levels(seeds))
+
+    def step(states, action):
+        _, states, *_ = jax.vmap(env.step_env, (None, 0, 0, None))(None, states, action, params)
+        return states, jnp.stack([states.x, states.y, states.vx, states.vy], -1)
+
+    first = jax.vmap(env.reset_to_level, (0, None))(jnp.arange(len(seeds)), params)
+    return np.asarray(jax.jit(lambda first: jax.lax.scan(step, first, jnp.int32(actions).T)[1])(first)).swapaxes(0, 1)
 
 
 def dots(of) -> list[dict]:

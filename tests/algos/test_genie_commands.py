@@ -83,10 +83,31 @@ def test_play_serves_its_page_until_it_is_stopped(saved):
         program.kill()
 
 
+def test_cloning_fits_coinrun(tmp_path, monkeypatch):
+    """`bc` as it is run on the real game, traced alone: what it would train, and what it would measure."""
+    shapes = dict(data="coinrun", num_levels=2, patch=32, lam_patch=32, bc_batch=2, bc_blocks=1, labels=8)
+    folder, params = save_run(tmp_path, replace(SMALL, **shapes))
+    calls = []
+    monkeypatch.setattr(genie, "run", lambda config, make, highlights, given: calls.append((config, make(config), given())))
+    genie.clone(replace(SMALL, **shapes, stage="bc"), folder)
+    ((config, train, given),) = calls
+    assert (config.stage, config.num_updates) == ("bc", SMALL.bc_updates)
+    jax.tree.map(np.testing.assert_array_equal, given["params"], params)
+    keys = jax.eval_shape(jax.vmap(jax.random.key), np.arange(1))
+    state = jax.eval_shape(jax.vmap(train.init), keys)
+    assert jax.tree.map(np.shape, state.params) == jax.tree.map(np.shape, params)
+    after, losses = jax.eval_shape(jax.vmap(train.update, (0, None)), state, jax.ShapeDtypeStruct((), np.int32))
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, state) and set(losses) == {"latent_loss", "oracle_loss"}
+    results = jax.eval_shape(jax.vmap(train.evaluate), state)
+    assert results["dictionary"].shape == (1, 15, 15) and {"won_latent", "won_oracle_3", "won_right_up"} <= set(results)
+
+
 NOWHERE = ("--load", "nowhere")
 
 
-@pytest.mark.parametrize("flags", [("play",), ("sample", *NOWHERE), ("dynamics", *NOWHERE), ("play", "--port", "70000")])
+@pytest.mark.parametrize(
+    "flags", [("play",), ("sample", *NOWHERE), ("dynamics", *NOWHERE), ("play", "--port", "70000"), ("dynamics", "--load-parts")]
+)
 def test_what_cannot_be_loaded_is_one_line(flags, tmp_path):
     done = subprocess.run(command(*flags), cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and done.stderr.startswith("genie: error: --") and done.stderr.count("\n") == 1, done.stderr
