@@ -41,6 +41,7 @@ RUNS = {  # name -> flags of algos/genie.py; {NAME} is that run's folder
     "short, width 32": f"{SHORT} --dynamics-width 32",
     "cloning": "bc --load {CoinRun}",
 }
+FILMS = ("CoinRun",)  # the runs whose videos are kept
 LAST = 100  # updates whose mean loss is compared between sizes, as in the paper's figure 9
 PLAYERS = ("latent", "oracle", "random", "right_up")
 

@@ -24,6 +24,7 @@ RUNS = {  # name -> flags of algos/madrid.py
     "flaw, targeted": f"{BOTS_ALONE} --flaw never_shoots --method targeted",
     "no flaw": BOTS_ALONE,
 }
+FILMS = ("MADRID",)  # the runs whose videos are kept
 BEST = 5  # cells of the highest estimates
 LEVELS, CHUNK, FULL = 2000, 250, 200  # levels of a pairing, matches side by side, whole matches
 GROWN = "467cd0d99a9f"  # at this commit searches that had been looked at after 30 iterations were given 30 more

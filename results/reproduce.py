@@ -86,12 +86,16 @@ def run_bench_table(bench: dict) -> str:
     return how + "\n\n" + "\n".join(lines)
 
 
-def keep_runs(sets: list[dict], folder: Path, seeds: list[int]) -> None:
-    """Copies what the runs wrote to folder/SEED/NAME, without checkpoints, figures, and where they were on this machine."""
+def keep_runs(sets: list[dict], folder: Path, seeds: list[int], films: tuple[str, ...] | None = None) -> None:
+    """Copies what the runs wrote to folder/SEED/NAME, without checkpoints, figures, and where they were on this machine.
+
+    films: names of the runs whose videos are kept; None: of all.
+    """
     for seed, runs in zip(seeds, sets, strict=True):
-        for run in runs.values():
+        for name, run in runs.items():
             kept = folder / str(seed) / run.name
-            shutil.copytree(run, kept, ignore=shutil.ignore_patterns("checkpoints", "figures", "config.json"), dirs_exist_ok=True)
+            left_out = ["checkpoints", "figures", "config.json", *(["videos"] if films is not None and name not in films else [])]
+            shutil.copytree(run, kept, ignore=shutil.ignore_patterns(*left_out), dirs_exist_ok=True)
             found = json.loads((kept / "summary.json").read_text())
             nowhere = {name: None for name in ("out", "load") if name in found["config"]}
             (kept / "summary.json").write_text(json.dumps(found | {"config": found["config"] | nowhere}, indent=1) + "\n")
@@ -136,7 +140,7 @@ def main() -> None:
         for name in figures if folder != out else []:
             shutil.copy(out / name, folder / name)
     if args.keep:
-        keep_runs(sets, published / "runs", args.seed)
+        keep_runs(sets, published / "runs", args.seed, getattr(method, "FILMS", None))
     print(claims_table(claims))
     holds = {claim["id"]: claim["holds"] for claim in claims}
     broken = [f"{c['id']} ({holds.get(c['id'])})" for c in promised if is_promised(c) and holds.get(c["id"]) != "yes"]

@@ -115,11 +115,13 @@ def test_a_promise_that_is_not_kept_is_an_error(reproduce, tmp_path, monkeypatch
 
 
 def test_kept_runs_have_all_but_checkpoints(reproduce, tmp_path):
-    for name in ("summary.json", "arrays/loss.npy", "checkpoints/00000001.npz"):
+    for name in ("summary.json", "arrays/loss.npy", "videos/film.gif", "checkpoints/00000001.npz"):
         (tmp_path / "study" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "study" / name).write_text(json.dumps({"config": {"load": "/there", "out": "/here", "seed": 7}}))
-    for _ in range(2):
-        reproduce.keep_runs([{"the study": tmp_path / "study"}], tmp_path / "kept", [7])
+    for films in (("another",), ()):
+        reproduce.keep_runs([{"the study": tmp_path / "study"}], tmp_path / "kept", [7], films)
+    reproduce.keep_runs([{"the study": tmp_path / "study"}], tmp_path / "with_films", [7])
+    assert (tmp_path / "with_films/7/study/videos/film.gif").exists()
     kept = sorted(str(path.relative_to(tmp_path / "kept")) for path in (tmp_path / "kept").rglob("*") if path.is_file())
     assert kept == ["7/study/arrays/loss.npy", "7/study/summary.json"]
     assert json.loads((tmp_path / "kept/7/study/summary.json").read_text())["config"] == {"load": None, "out": None, "seed": 7}
