@@ -12,7 +12,7 @@ Run:     python algos/genie.py all        (the tokenizer, then the latent action
 
 Paper:   --preset paper: the CoinRun case study's numbers (appendix F)
 
-Expect:  frames that obey the codes (delta4_psnr above 0, by two seeds so far), in blocks: several codes for up and down, hardly
+Expect:  frames that obey the codes (delta4_psnr above 0, in four seeds of four), in blocks: several codes for up and down, hardly
          one for left and right; videos/controls.gif shows what each does, a column each
 
 Differs from the paper (its own way in brackets; the `cpu` preset also changes the numbers in CPU below):

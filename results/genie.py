@@ -52,7 +52,8 @@ def train(seed: int, num_seeds: int, out: Path) -> dict[str, Path]:
     for name, flags in RUNS.items():
         flags = flags.format(**runs)
         runs[name] = trained("genie", flags, seed, num_seeds, out / name.replace(", ", "_").replace(" ", "_").lower())
-    if shutil.which("chromium") and shutil.which("chromedriver"):  # else the page is not shown, and its speed no claim
+    can_play = shutil.which("chromium") and shutil.which("chromedriver") and (runs["CoinRun"] / "checkpoints").is_dir()
+    if can_play:  # else (as of kept runs) the page is not shown again, and its speed is no claim
         added(str(ROOT / "results" / "genie_page.py"), runs["CoinRun"], "page.json")
     return runs
 
