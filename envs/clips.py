@@ -18,7 +18,7 @@ from common.config import UsageError, require
 from common.env import select
 from common.plot import fit_image
 from envs.coinrun import PIXELS, CoinRun, EnvParams, difficulty
-from envs.coinrun_expert import HOLD, make_planner
+from envs.coinrun_expert import make_expert
 
 MOVES = np.array([[0, 0], [0, -1], [0, 1], [-1, 0], [1, 0]], np.int32)  # the dot: stay, left, right, up, down (rows down, columns)
 POOL, HELD_OUT_LEVELS, LEAD = 256, 64, 128  # games going on; levels tested on; the most steps played before a game's first clip
@@ -80,23 +80,17 @@ class Games(NamedTuple):
     """Games of CoinRun that go on from clip to clip."""
 
     state: Any  # EnvState (num, ...)
-    plan: jax.Array  # (num, P) int32: keys that are pressed in turn
+    action: jax.Array  # (num,) int32: the last
 
 
-def random_plan(sticky: float):
-    """A plan of one key: with probability `sticky` the last one, else any of the 15."""
+def sticky_policy(sticky: float):
+    """With probability `sticky` the last action, else any of the 15."""
 
-    def plan(key, state, last, params):
+    def policy(key, state, last, params):
         key_new, key_keep = jax.random.split(key)
-        return jnp.where(jax.random.uniform(key_keep) < sticky, last, jax.random.randint(key_new, (1,), 0, 15))
+        return jnp.where(jax.random.uniform(key_keep) < sticky, last, jax.random.randint(key_new, (), 0, 15))
 
-    return plan
-
-
-def expert_plan(env: CoinRun):
-    """The first HOLD keys of an expert's plan."""
-    plan = make_planner(env)
-    return lambda key, state, last, params: plan(key, state, params)[:HOLD]
+    return policy
 
 
 def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = False) -> Source:
@@ -108,20 +102,20 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
     """
     env = CoinRun()
     train, test = (EnvParams(env.levels(first + np.arange(num))) for first, num in ((0, num_levels), (num_levels, HELD_OUT_LEVELS)))
-    make_plan, keys = (expert_plan(env), HOLD) if expert else (random_plan(sticky), 1)
+    play_well = make_expert(env)
+    policy = (lambda key, state, last, params: play_well(key, state, params)) if expert else sticky_policy(sticky)
     pool, longest = (EXPERT_POOL, EXPERT_LEAD) if expert else (POOL, LEAD)
 
-    def step(key, t, games: Games, done, params):
-        """Step t of the games that are not done -> games, which are done, actions. Plans are made at every `keys`-th t."""
-        anew = lambda: jax.vmap(make_plan, (0, 0, 0, None))(jax.random.split(key, len(done)), games.state, games.plan, params)
-        plan = jax.lax.cond(t % keys == 0, anew, lambda: games.plan)
-        action = plan[:, t % keys]
+    def step(key, games: Games, done, params):
+        """One step of the games that are not done -> games, which are done, actions."""
+        keys = jax.random.split(key, len(done))
+        action = jax.vmap(policy, (0, 0, 0, None))(keys, games.state, games.action, params)
         _, state, _, ended, _ = jax.vmap(env.step_env, (None, 0, 0, None))(key, games.state, action, params)
         state = jax.vmap(select)(done, games.state, state)
-        return Games(state, plan), done | ended | (state.time >= params.max_steps_in_episode), action
+        return Games(state, action), done | ended | (state.time >= params.max_steps_in_episode), action
 
     def start(level, params) -> Games:
-        return Games(jax.vmap(env.reset_to_level, (0, None))(level, params), jnp.full((len(level), keys), 4))
+        return Games(jax.vmap(env.reset_to_level, (0, None))(level, params), jnp.full(len(level), 4))
 
     def begin(key, num, params) -> Games:
         """Games on levels of their own, each some steps from its start."""
@@ -132,7 +126,7 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
         def play(carry, inputs):
             games, done = carry
             key, t = inputs
-            games, ended, _ = step(key, t, games, done | (t >= lead), params)
+            games, ended, _ = step(key, games, done | (t >= lead), params)
             return (games, done | (ended & (t < lead))), None
 
         carry = (first, jnp.zeros(num, bool))
@@ -142,16 +136,15 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
     def film(key, games: Games, params) -> tuple[Clips, Games, jax.Array]:
         """num_frames frames of every game -> clips, games, which of them are over."""
 
-        def frame(carry, inputs):
+        def frame(carry, key):
             games, done = carry
             image = jax.vmap(env.render, (0, None))(games.state, params)
             place = jnp.stack([games.state.x, games.state.y])
-            games, ended, action = step(*inputs, games, done, params)
+            games, ended, action = step(key, games, done, params)
             return (games, ended), (image, place, jnp.where(done, -1, action))
 
-        carry = (games, jnp.zeros(games.plan.shape[0], bool))
-        inputs = (jax.random.split(key, num_frames), jnp.arange(num_frames))
-        (games, done), (frames, place, action) = jax.lax.scan(frame, carry, inputs)
+        carry = (games, jnp.zeros(len(games.action), bool))
+        (games, done), (frames, place, action) = jax.lax.scan(frame, carry, jax.random.split(key, num_frames))
         moved = jnp.diff(place, axis=0) * (PIXELS / 13)  # (T - 1, 2, num) pixels
         way = jnp.where(jnp.abs(moved) > 0.5, jnp.sign(moved), 0).astype(jnp.int32) + 1
         return Clips(frames.swapaxes(0, 1), (3 * way[:, 0] + way[:, 1]).T, action[:-1].T), games, done

@@ -3,8 +3,8 @@
 A frozen model names the latent action between each two frames of an expert who is only watched. A policy learns to foresee them;
 what they mean is looked up in a few of the expert's steps whose true actions are known. The oracle learns from the true ones.
 
-Differs from the paper: clips are played by the expert as they are needed; a tenth of all policies' actions is random (in the paper
-the oracle's); every block of a policy sees the last 4 frames, so that the whole sees some more.
+Differs from the paper: clips are played by the expert as they are needed; no action is random (a tenth of the oracle's, which was
+better so); every block of a policy sees the last 4 frames, so that the whole sees some more.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from common.run import Train
 from common.st import Cache, Spec, grid_of, init_cache, init_st, patchify, positions, rms_norm, st_blocks
 from envs.clips import Game, Source, make_source
 
-CONTEXT, AT_RANDOM = 4, 0.1  # frames that each block of a policy sees; the share of its actions that are random
+CONTEXT = 4  # frames that each block of a policy sees
 LONGEST = 500  # steps of a game when policies are tested
 
 
@@ -77,19 +77,16 @@ def play_levels(key, game: Game, act, memory) -> jax.Array:
 
 def play_policy(key, game: Game, params, meaning, config) -> jax.Array:
     """A policy's games. `meaning` (n, keys): how often each of its actions was seen with each of the game's, which is drawn so."""
-    keys = meaning.shape[1]
     tokens = len(positions(params)) + 1
     none = jnp.full((game.num_levels, 1), -1)
     memory = (init_cache(params, Spec(config.heads, CONTEXT), game.num_levels, tokens), none)
 
     def act(key, frames, memory):
         cache, before = memory
-        key_latent, key_real, key_which, key_random = jax.random.split(key, 4)
+        key_latent, key_real = jax.random.split(key)
         logits, cache = policy(params, frames[:, None], before, config, cache)
         latent = jax.random.categorical(key_latent, logits)  # (levels, 1)
-        real = jax.random.categorical(key_real, jnp.log(meaning + 1e-6)[latent[:, 0]])
-        at_random = jax.random.uniform(key_which, real.shape) < AT_RANDOM
-        return jnp.where(at_random, jax.random.randint(key_random, real.shape, 0, keys), real), (cache, latent)
+        return jax.random.categorical(key_real, jnp.log(meaning + 1e-6)[latent[:, 0]]), (cache, latent)
 
     return play_levels(key, game, act, memory)
 
