@@ -40,7 +40,7 @@ def with_verdicts(make_claims, sets: list) -> list[dict]:
     """The claims over all sets of seeds together, each with its verdict in each set alone."""
     claims = make_claims(sets)
     alone = [{c["id"]: c["holds"] for c in make_claims([runs])} for runs in sets]
-    return [claim | {"each_set": [verdicts[claim["id"]] for verdicts in alone]} for claim in claims]
+    return [claim | {"each_set": [verdicts.get(claim["id"], "not measured") for verdicts in alone]} for claim in claims]
 
 
 def is_promised(claim: dict) -> bool:
