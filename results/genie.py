@@ -245,7 +245,7 @@ def how(runs) -> list[str]:
         f"training) and {short['num_updates']} updates. Mean ± standard error over seeds. Frechet: distance on features of "
         "a fixed random layer, of generated frames and of true ones to other clips' frames; it is no FVD.",
         f"Cloning: {cloned['bc_updates']} updates of {cloned['bc_batch']} clips, {cloned['labels']} labels. Its expert was made "
-        "easier to clone, and policies were freed of random actions, after these seeds had been seen with another expert.",
+        "easier to clone, and policies were freed of random actions, after sets 1000 and 2000 had been seen with another.",
     ]
 
 
