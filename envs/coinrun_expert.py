@@ -6,15 +6,17 @@ import numpy as np
 
 from envs.coinrun import CoinRun, EnvParams, EnvState
 
-KEYS = np.array([8, 7, 4, 5, 2, 1, 6], np.int32)  # the expert's, those that it prefers first: right and jump, right, ...
+KEYS = np.array([8, 7, 4, 5, 2, 1, 6], np.int32)  # the expert's, the preferred first: right and jump, right, ...
 SHARES = np.array([0.3, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1])  # of each in plans
 NUM_PLANS, HOLD, SEGMENTS = 64, 4, 4  # plans; steps that a key is held; keys in a plan, which reaches little further than is seen
-MARGIN = 1.0  # cells that a plan must get further by than one that begins with a preferred key
+MARGIN = 1.0  # cells: what a plan must gain to be worth a key less preferred
 
 
 def make_plans() -> tuple[np.ndarray, np.ndarray]:
-    """Which of KEYS each plan begins with (NUM_PLANS,), and its keys (NUM_PLANS, HOLD * SEGMENTS): right and jump always, right
-    always, and random ones, which are the same at every state."""
+    """Which of KEYS each plan begins with (NUM_PLANS,), and its keys (NUM_PLANS, HOLD * SEGMENTS).
+
+    First each key held, then random plans, which are the same at every state.
+    """
     plans = np.random.default_rng(0).choice(len(KEYS), (NUM_PLANS, SEGMENTS), p=SHARES)
     plans[: len(KEYS)] = np.arange(len(KEYS))[:, None]
     return plans[:, 0], KEYS[plans].repeat(HOLD, axis=1)
