@@ -93,6 +93,12 @@ def sticky_policy(sticky: float):
     return policy
 
 
+def expert_policy(env: CoinRun):
+    """What the expert does, whatever the last action was."""
+    policy = make_expert(env)
+    return lambda key, state, last, params: policy(key, state, params)
+
+
 def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = False) -> Source:
     """Hard CoinRun, levels 0 .. num_levels - 1, and the next HELD_OUT_LEVELS to test on (Genie, appendix F.1).
 
@@ -102,8 +108,7 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
     """
     env = CoinRun()
     train, test = (EnvParams(env.levels(first + np.arange(num))) for first, num in ((0, num_levels), (num_levels, HELD_OUT_LEVELS)))
-    play_well = make_expert(env)
-    policy = (lambda key, state, last, params: play_well(key, state, params)) if expert else sticky_policy(sticky)
+    policy = expert_policy(env) if expert else sticky_policy(sticky)
     pool, longest = (EXPERT_POOL, EXPERT_LEAD) if expert else (POOL, LEAD)
 
     def step(key, games: Games, done, params):
