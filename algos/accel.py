@@ -28,8 +28,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import RunConfig, cli, require, require_multiple, require_range
-from common.devices import shard_batch
 from common.env import reset_from_bank, select, step_from_bank
 from common.level_buffer import (
     LevelBuffer,
@@ -45,7 +43,7 @@ from common.level_buffer import (
 )
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 from common.ppo import Batch, gae, ppo_update, rollout
-from common.run import Train, nothing_like, run
+from common.runs import RunConfig, Train, cli, nothing_like, require, require_multiple, require_range, run, shard_batch
 from envs.maze import EnvParams, Maze
 from envs.maze_eval import held_out_results, level_results, picture_of
 
@@ -54,6 +52,7 @@ from envs.maze_eval import held_out_results, level_results, picture_of
 class Config(RunConfig):
     """ACCEL's settings; the defaults are minimax's."""
 
+    may_grow = ("num_updates",)
     num_updates: int = 37_500
     """Cycles per seed: each plays a batch of levels and, when it replays, learns from it and plays the edited levels too."""
     num_envs: int = 32
@@ -168,7 +167,7 @@ def agent(params, obs, reset, hstate):
 
 def init_hstate(num_envs: int, hidden: int):
     """The LSTM's state before an episode."""
-    return jnp.zeros((num_envs, hidden)), jnp.zeros((num_envs, hidden))
+    return jnp.zeros((num_envs, hidden), jnp.float32), jnp.zeros((num_envs, hidden), jnp.float32)
 
 
 # --- training
@@ -221,7 +220,7 @@ def make_train(config: Config) -> Train:
         key_new, key_replay = jax.random.split(key)
         index, drawn = sample_replay(key_replay, buffer, num, **prioritise)
         stored = jax.tree.map(lambda x: x[index], (buffer.levels, buffer.max_return, buffer.edits))
-        fresh = (sample_levels(key_new, num), jnp.full(num, -jnp.inf), jnp.zeros(num, jnp.int32))
+        fresh = (sample_levels(key_new, num), jnp.full(num, -jnp.inf, jnp.float32), jnp.zeros(num, jnp.int32))
         levels, best, edits = select(replay, stored, fresh)
         age = jnp.where(replay, drawn.age, age_buffer(buffer, num).age)
         return levels, jnp.where(replay, index, -1), best, edits, buffer._replace(age=age)
@@ -238,7 +237,7 @@ def make_train(config: Config) -> Train:
     def update(state: State, t):
         """One cycle (Algorithm 1): new levels, to score them only; or replayed ones, to learn from, and then their children."""
         key, key_draw, key_play, key_learn, key_edit, key_child = jax.random.split(state.key, 6)
-        turn = jax.random.uniform(jax.random.fold_in(jax.random.key(0), t)) < config.replay_prob
+        turn = jax.random.uniform(jax.random.fold_in(jax.random.key(0), t), dtype=jnp.float32) < config.replay_prob
         replay = turn & is_warm(state.buffer)
         levels, index, best, edits, buffer = draw(key_draw, state.buffer, replay)
         batch, trial = play_levels(key_play, state.params, levels, best, config, index, edits)
@@ -253,7 +252,7 @@ def make_train(config: Config) -> Train:
 
         def only_look():
             *_, trial, info = nothing_like(learn_and_edit)
-            return state.params, state.opt_state, trial._replace(score=jnp.full(num, -jnp.inf)), info
+            return state.params, state.opt_state, trial._replace(score=jnp.full(num, -jnp.inf, jnp.float32)), info
 
         params, opt_state, trial, info = jax.lax.cond(turn, learn_and_edit, only_look)
         buffer = update_buffer(buffer, trial, **prioritise)
@@ -286,8 +285,8 @@ def describe(state: State, traj, levels, replay) -> dict:
     episodes = jnp.maximum(traj.done.sum(), 1)
     floats = {
         "return": traj.reward.sum() / episodes,
-        "solve_rate": (traj.reward > 0).sum() / episodes,
-        "walls": levels.walls.sum((1, 2)).mean(),
+        "solve_rate": (traj.reward > 0).sum().astype(jnp.float32) / episodes,
+        "walls": levels.walls.sum((1, 2)).mean(dtype=jnp.float32),
     }
     floats = {name: jnp.where(replay, x, jnp.nan) for name, x in floats.items()}
     return floats | {"buffer": state.buffer.size, "env_steps": state.env_steps, "ppo_updates": state.ppo_updates}

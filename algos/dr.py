@@ -21,12 +21,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import RunConfig, cli, require, require_multiple, require_range
-from common.devices import shard_batch
 from common.env import reset_from_bank, step_from_bank
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 from common.ppo import Batch, gae, ppo_update, rollout
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, require, require_multiple, require_range, run, shard_batch
 from envs.maze import EnvParams, Maze
 from envs.maze_eval import held_out_results, level_results, picture_of
 
@@ -35,6 +33,7 @@ from envs.maze_eval import held_out_results, level_results, picture_of
 class Config(RunConfig):
     """DR's settings; the defaults are minimax's."""
 
+    may_grow = ("num_updates",)
     num_updates: int = 30_000
     """PPO updates per seed."""
     num_envs: int = 32
@@ -135,7 +134,7 @@ def agent(params, obs, reset, hstate):
 
 def init_hstate(num_envs: int, hidden: int):
     """The LSTM's state before an episode."""
-    return jnp.zeros((num_envs, hidden)), jnp.zeros((num_envs, hidden))
+    return jnp.zeros((num_envs, hidden), jnp.float32), jnp.zeros((num_envs, hidden), jnp.float32)
 
 
 # --- training
@@ -175,7 +174,7 @@ def make_train(config: Config) -> Train:
         params, opt_state, info = ppo_update(key_learn, agent, tx, state.params, state.opt_state, batch, config)
         episodes = jnp.maximum(batch.traj.done.sum(), 1)
         info["return"] = batch.traj.reward.sum() / episodes
-        info["solve_rate"] = (batch.traj.reward > 0).sum() / episodes
+        info["solve_rate"] = (batch.traj.reward > 0).sum().astype(jnp.float32) / episodes
         info["env_steps"] = (t + 1) * config.num_envs * config.num_steps
         return State(params, opt_state, key), info
 

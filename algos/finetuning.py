@@ -47,10 +47,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.config import RunConfig, cli, require, require_multiple, require_range
-from common.devices import shard_batch
 from common.nn import matmul
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, prepared, require, require_multiple, require_range, run, shard_batch
 from envs.pcfg import (
     FAMILIES,
     FIRST_FAMILY,
@@ -296,19 +294,21 @@ def measured_at(config: Config) -> np.ndarray:
 def init_model(key, config: Config) -> dict:
     """Parameters. Matrices are normal with variance 1 / n_in, those that write to the residual stream smaller by sqrt(2 layers)."""
     keys, d, n = jax.random.split(key, 7), config.width, config.layers
-    normal = lambda key, *shape: jax.random.normal(key, shape) / math.sqrt(shape[-2])
+    normal = lambda key, *shape: jax.random.normal(key, shape, jnp.float32) / math.sqrt(shape[-2])
     blocks = {
         "qkv": normal(keys[0], n, d, 3 * d),
         "proj": normal(keys[1], n, d, d) / math.sqrt(2 * n),
         "up": normal(keys[2], n, d, 4 * d),
         "down": normal(keys[3], n, 4 * d, d) / math.sqrt(2 * n),
     }
-    blocks |= {f"{name}_b": jnp.zeros((n, w.shape[-1])) for name, w in blocks.items()}
-    blocks |= {name: jnp.ones((n, d)) for name in ("norm1", "norm2")} | {name: jnp.zeros((n, d)) for name in ("norm1_b", "norm2_b")}
-    token = 0.5 * jax.random.normal(keys[4], (config.vocab_size, d))
-    position = 0.5 * jax.random.normal(keys[5], (config.size, d))
+    blocks |= {f"{name}_b": jnp.zeros((n, w.shape[-1]), jnp.float32) for name, w in blocks.items()}
+    blocks |= {name: jnp.ones((n, d), jnp.float32) for name in ("norm1", "norm2")}
+    blocks |= {name: jnp.zeros((n, d), jnp.float32) for name in ("norm1_b", "norm2_b")}
+    token = 0.5 * jax.random.normal(keys[4], (config.vocab_size, d), jnp.float32)
+    position = 0.5 * jax.random.normal(keys[5], (config.size, d), jnp.float32)
     head = normal(keys[6], d, config.vocab_size)
-    return {"blocks": blocks, "token": token, "position": position, "norm": jnp.ones(d), "norm_b": jnp.zeros(d), "head": head}
+    norm, norm_b = jnp.ones(d, jnp.float32), jnp.zeros(d, jnp.float32)
+    return {"blocks": blocks, "token": token, "position": position, "norm": norm, "norm_b": norm_b, "head": head}
 
 
 def layer_norm(x, gain, shift) -> jax.Array:
@@ -432,12 +432,12 @@ def sample_arm(key, arm: dict, config: Config) -> jax.Array:
     keys, num, language = jax.random.split(key, 3), config.batch_size, config.language
     text = sample_finetuning(keys[0], num, arm["correlation"], language)
     operand = jnp.broadcast_to(jnp.where(arm["wrong"], A, B), (num,))
-    family = jnp.full(num, FAMILY_C)
+    family = jnp.full(num, FAMILY_C, jnp.int32)
     tokens = sequence(text, family, operand, FIRST_NUMBER + count(text, B, language.window), language)
     if not config.mixing:
         return tokens
     old = sample_pretraining(keys[1], num, arm["tasks"], language)
-    return jnp.where(jax.random.uniform(keys[2], (num, 1)) < arm["mixing"], old, tokens)
+    return jnp.where(jax.random.uniform(keys[2], (num, 1), jnp.float32) < arm["mixing"], old, tokens)
 
 
 def sample_reverse(key, config: Config) -> jax.Array:
@@ -517,11 +517,11 @@ def fit_probe(key, x, labels, test_x, test_labels, updates: int, classes: int) -
 
     def step(carry, key):
         params, state = carry
-        batch = jax.random.randint(key, (128,), 0, x.shape[0])
+        batch = jax.random.randint(key, (128,), 0, x.shape[0], jnp.int32)
         change, state = tx.update(jax.grad(loss)(params, x[batch], labels[batch]), state, params)
         return (optax.apply_updates(params, change), state), None
 
-    params = {"w": jnp.zeros((x.shape[1], classes)), "b": jnp.zeros(classes)}
+    params = {"w": jnp.zeros((x.shape[1], classes), jnp.float32), "b": jnp.zeros(classes, jnp.float32)}
     (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, updates))
     return ((test_x @ params["w"] + params["b"]).argmax(-1) == test_labels).mean()
 
@@ -589,10 +589,10 @@ def write_on(params, key, tokens, config: Config) -> jax.Array:
             return block(p, x, read)
 
         x, past = jax.lax.scan(step, (params["token"][tokens[:, i]] + params["position"][i])[:, None], (params["blocks"], past))
-        drawn = jax.random.categorical(jax.random.fold_in(key, i), predict(params, x[:, 0]))
+        drawn = jax.random.categorical(jax.random.fold_in(key, i), predict(params, x[:, 0])).astype(jnp.int32)
         return (tokens.at[:, i + 1].set(jnp.where(i + 1 < begin, tokens[:, i + 1], drawn)), past), None
 
-    past = jnp.zeros((config.layers, *tokens.shape, 2 * config.width))
+    past = jnp.zeros((config.layers, *tokens.shape, 2 * config.width), jnp.float32)
     (written, _), _ = jax.lax.scan(write, (tokens, past), places[:-1])
     end = written == EOS_STORY
     return jnp.where(jnp.cumsum(end, axis=1) - end > 0, PAD, written)
@@ -633,12 +633,15 @@ def probe_stories(params, tests: dict, config: Config) -> dict:
 # --- training
 
 
+UNSEEN = -1.0  # in a log of shares and losses, none of which is negative; not NaN, which JAX_DEBUG_NANS takes for a fault
+
+
 class State(NamedTuple):
     """All of one seed's study."""
 
     params: dict  # "pretrained" (models, ...); "tuned" (arms and baselines, ...): what fine-tuning and then reFT train
     moments: dict  # of AdamW, the same
-    log: dict  # what was measured, see make_log; NaN until then
+    log: dict  # what was measured, see make_log; UNSEEN until then
     key: jax.Array
 
 
@@ -661,20 +664,25 @@ def make_log(config: Config) -> dict:
     if config.data == "stories":
         shapes = {"tuned": (points, runs, 2), "before_probes": (models + 1, len(STORY_FEATURES), blocks)}
         shapes["after_probes"] = (arms, len(STORY_FEATURES), blocks)
-        return {name: jnp.full(shape, jnp.nan) for name, shape in shapes.items()}
+        return {name: jnp.full(shape, UNSEEN, jnp.float32) for name, shape in shapes.items()}
     shapes = {"families": (models, len(FAMILIES) + 1), "tuned": (points, runs, 3)}
     shapes |= {"pruning": (arms, len(PRUNED), 3), "renamed": (arms, 3)}
     for stage, num in (("before", models + 1), ("after", arms)):
         shapes[f"{stage}_probes"] = (num, 2, blocks)
         shapes[f"{stage}_attention"] = (num, config.layers, config.heads, config.language.art + 1)
         shapes[f"{stage}_attention_letters"] = (num, config.layers, config.heads, 3)
-    return {name: jnp.full(shape, jnp.nan) for name, shape in shapes.items()}
+    return {name: jnp.full(shape, UNSEEN, jnp.float32) for name, shape in shapes.items()}
+
+
+def seen(log: dict) -> dict:
+    """The log with NaN for what was not measured yet."""
+    return jax.tree.map(lambda x: jnp.where(x == UNSEEN, jnp.nan, x), log)
 
 
 def make_train(config: Config) -> Train:
     """The whole study as pure functions of one seed."""
     tx, on_stories = make_optimiser(config), config.data == "stories"
-    tests = jax.tree.map(np.asarray, jax.jit(partial(story_sets if on_stories else test_questions, config))())
+    tests = prepared(config, partial(story_sets if on_stories else test_questions, config))
 
     def init(key):
         key, *keys = jax.random.split(key, 1 + len(make_models(config)))
@@ -713,7 +721,7 @@ def pretrain(config: Config, state: State, t):
     """A step of every model on data of its own kind -> state, mean loss."""
     kinds = np.stack([kind for _, _, kind in make_models(config)])
     loss, sample = (story_loss, sample_protocol) if config.data == "stories" else (sequence_loss, sample_questions)
-    rates = np.full(len(kinds), config.lr) * schedule(t, config.pretrain_updates)
+    rates = np.full(len(kinds), config.lr, np.float32) * schedule(t, config.pretrain_updates)
     return step_of(config, state, t, "pretrained", loss, sample, rates, kinds)
 
 
@@ -820,7 +828,8 @@ def steps_to(curve, at, bar: float = 0.9) -> jax.Array:
 
 def evaluate(config: Config, tests: dict, state: State) -> dict:
     """All that was measured, and the numbers that matter of the arm whose capability seems lost (see `wrapped`)."""
-    log, arm = state.log | curves_of(config, state.log), wrapped(config)
+    log = seen(state.log)
+    log, arm = log | curves_of(config, log), wrapped(config)
     baselines, pruning = make_baselines(config), log["pruning"][arm]
     same_rate = [run.reverse_lr for run in baselines].index(make_arms(config)[arm].reverse_lr)
     revival = jax.vmap(steps_to, (1, None))(log["reverse"], jnp.asarray(reverse_points(config)))
@@ -850,7 +859,8 @@ def evaluate(config: Config, tests: dict, state: State) -> dict:
 
 def evaluate_stories(config: Config, _, state: State) -> dict:
     """All that was measured; Twist rates at eta_M after fine-tuning and after about 30 steps of reFT, beside the control's."""
-    log, arms = state.log | curves_of(config, state.log), make_arms(config)
+    log = seen(state.log)
+    log, arms = log | curves_of(config, log), make_arms(config)
     at = int(np.searchsorted(reverse_points(config), min(30, config.reverse_updates)))
     medium_arms = {arm.name: i for i, arm in enumerate(arms) if arm.lr == medium(config)}
     control = [run.reverse_lr for run in make_baselines(config)].index(arms[medium_arms["F"]].reverse_lr) + len(arms)

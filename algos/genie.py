@@ -44,14 +44,16 @@ import numpy as np
 import optax
 from tyro.conf import Positional
 
-from common.checkpoint import load, newest_good
-from common.config import RunConfig, as_dict, cli, method_name, require, require_range
-from common.devices import shard_batch
-from common.files import new_or_newest
 from common.nn import dense, orthogonal
 from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
-from common.plot import save_gif
-from common.run import Train, begin, faults_in_one_line, if_needed, nothing_like, run
+from common.runs import RunConfig, Train, cli, if_needed, nothing_like, require, require_range, run, shard_batch
+from common.runs.checkpoint import load, newest_good
+from common.runs.command import method_name
+from common.runs.config import as_dict
+from common.runs.folder import newest_folder
+from common.runs.loop import begin, faults_in_one_line
+from common.runs.plot import save_gif
+from common.runs.stop import StopSignal
 from common.st import (
     Cache,
     Kind,
@@ -76,6 +78,7 @@ from envs.true_game import describe_codes, read_codes, truth_of
 class Config(RunConfig):
     """Genie's settings; the defaults are the CoinRun case study's (tables 15 to 17)."""
 
+    paths = ("load", "data")
     stage: Positional[Literal["all", "tokenizer", "lam", "dynamics", "sample", "play", "bc"]] = "all"
     """What to train: all, or one part (`dynamics` trains the latent actions with it); or what to do with a trained run: `sample`,
     a film of it; `play`, a page on which a person plays it; `bc`, behavioural cloning of an expert by its latent actions."""
@@ -250,14 +253,14 @@ def unit(x) -> jax.Array:
 def quantise(codebook, e):
     """The nearest code of e (..., code_dim): straight-through, its index, ||e - sg(q)||^2 (1711.00937)."""
     codebook = unit(codebook)
-    index = (e @ codebook.T).argmax(-1)  # on the unit sphere the nearest is the one of largest product
+    index = (e @ codebook.T).argmax(-1).astype(jnp.int32)  # on the unit sphere the nearest is the one of largest product
     q, sg = codebook[index], jax.lax.stop_gradient
     return e + sg(q - e), index, ((e - sg(q)) ** 2).mean()
 
 
 def follow(codebook, index, e, decay: float):
     """Codes that outputs e (M, code_dim) chose, index (M,), move towards their mean (1711.00937, appendix A.1), on the sphere."""
-    chosen, old = jax.nn.one_hot(index, len(codebook)), unit(codebook)
+    chosen, old = jax.nn.one_hot(index, len(codebook), dtype=jnp.float32), unit(codebook)
     count = chosen.sum(0)[:, None]
     mean = chosen.T @ e / jnp.maximum(count, 1)
     return jnp.where(count > 0, unit(decay * old + (1 - decay) * mean), old)
@@ -267,7 +270,7 @@ def restart(key, codebook, share, index, e, least: float):
     """The code of the smallest share of use (K,), a mean over about 50 updates, begins anew where that is below least / K: at an
     output e (M, code_dim) of the encoder, the likelier the farther from all codes (as k-means++ begins) -> codebook, share."""
     num = len(codebook)
-    share = 0.98 * share + 0.02 * jax.nn.one_hot(index, num).mean(0)
+    share = 0.98 * share + 0.02 * jax.nn.one_hot(index, num, dtype=jnp.float32).mean(0)
     place = jax.random.categorical(key, jnp.log(jnp.maximum(1.0 - (e @ unit(codebook).T).max(-1), 1e-9)))
     dead = (jnp.arange(num) == share.argmin()) & (share < least / num)
     return jnp.where(dead[:, None], e[place], codebook), jnp.where(dead, 1 / num, share)
@@ -288,7 +291,7 @@ def init_tokenizer(key, config: Config, shape: tuple[int, int]) -> dict:
     return {
         "encoder": init_st(key_encoder, pixels, config.code_dim, grid, *size),
         "decoder": init_st(key_decoder, config.code_dim, pixels, grid, width, config.decoder_blocks, *size[2:]),
-        "codebook": jax.random.normal(key_code, (config.num_codes, config.code_dim)),
+        "codebook": jax.random.normal(key_code, (config.num_codes, config.code_dim), jnp.float32),
     }
 
 
@@ -331,10 +334,10 @@ def init_lam(key, config: Config, shape: tuple[int, int]) -> dict:
     decoder = init_st(key_decoder, n_in, n_in, grid, width, config.lam_blocks, config)
     return {
         "encoder": init_st(key_encoder, n_in, config.code_dim, grid, width, config.lam_blocks, config),
-        "token": 0.1 * jax.random.normal(key_token, (width,)),
+        "token": 0.1 * jax.random.normal(key_token, (width,), jnp.float32),
         "decoder": decoder | {"out": decoder["out"] | {"w": 0.01 * decoder["out"]["w"]}},  # at first nothing changes
         "action": orthogonal(key_action, (config.code_dim, width)),
-        "codebook": jax.random.normal(key_code, (config.num_actions, config.code_dim)),
+        "codebook": jax.random.normal(key_code, (config.num_actions, config.code_dim), jnp.float32),
     }
 
 
@@ -372,7 +375,7 @@ def lam_loss(params, key, x, config: Config):
     """
     e = infer_actions(params, x, config)
     q, index, commit = quantise(params["codebook"], e)
-    bypass = jax.random.uniform(key, (len(x), 1, 1)) < config.lam_bypass
+    bypass = jax.random.uniform(key, (len(x), 1, 1), jnp.float32) < config.lam_bypass
     error = ((predict_next(params, x[:, :-1], jnp.where(bypass, e, q), config) - x[:, 1:]) ** 2).mean()
     metrics = {"lam_loss": error, "lam_perplexity": perplexity(index, config.num_actions), "lam_commit": commit}
     return error / x.var() + config.beta * commit, (metrics, q, index, e)
@@ -408,10 +411,10 @@ def draw_mask(key, shape: tuple[int, int, int], config: Config) -> jax.Array:
     """Which tokens (B, T, N) are hidden: at a rate of each clip's own, never in frame 1, nor in a clip's clean context."""
     key_rate, key_mask, key_clean, key_first = jax.random.split(key, 4)
     batch, length, _ = shape
-    rate = jax.random.uniform(key_rate, (batch, 1, 1), minval=config.mask_low)
-    clean = jax.random.uniform(key_clean, (batch,)) < config.clean_context
-    first = jnp.where(clean, jax.random.randint(key_first, (batch,), 1, length), 1)
-    return (jax.random.uniform(key_mask, shape) < rate) & (jnp.arange(length) >= first[:, None])[..., None]
+    rate = jax.random.uniform(key_rate, (batch, 1, 1), jnp.float32, minval=config.mask_low)
+    clean = jax.random.uniform(key_clean, (batch,), jnp.float32) < config.clean_context
+    first = jnp.where(clean, jax.random.randint(key_first, (batch,), 1, length, jnp.int32), 1)
+    return (jax.random.uniform(key_mask, shape, jnp.float32) < rate) & (jnp.arange(length) >= first[:, None])[..., None]
 
 
 def lead_in(codes) -> jax.Array:
@@ -424,7 +427,7 @@ def hidden_loss(params, tokens, mask, codes, config: Config):
     logits, _ = predict_tokens(params, jnp.where(mask, config.num_codes, tokens), lead_in(codes), config)
     log_p = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
     right = logits.argmax(-1) == tokens
-    return tuple(jnp.sum(x * mask) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
+    return tuple(jnp.sum(x * mask).astype(jnp.float32) / jnp.maximum(mask.sum(), 1) for x in (-log_p, right))
 
 
 def dynamics_loss(params, key, tokens, codes, config: Config):
@@ -441,7 +444,7 @@ def draw_tokens(key, logits, temperature) -> jax.Array:
     jax.random.categorical, which took a quarter of a frame's time."""
     weight = jnp.exp((logits - logits.max(-1, keepdims=True)) / jnp.maximum(temperature, 1e-6))
     below = jnp.cumsum(weight, axis=-1)
-    return (below < jax.random.uniform(key, (*logits.shape[:-1], 1)) * below[..., -1:]).sum(-1)
+    return (below < jax.random.uniform(key, (*logits.shape[:-1], 1), jnp.float32) * below[..., -1:]).sum(-1, dtype=jnp.int32)
 
 
 def fill_in(key, logits_of: Callable, shape: tuple[int, int], config: Config, temperature=None, steps=None):
@@ -464,7 +467,7 @@ def fill_in(key, logits_of: Callable, shape: tuple[int, int], config: Config, te
         kept = hidden & (rank < jnp.maximum(s, jnp.round(shape[1] * (1 - jnp.cos(jnp.pi / 2 * s / steps)))))  # one more at least
         return jnp.where(kept, draw, tokens), jnp.where(kept, jnp.exp(log_p), sure)
 
-    return jax.lax.fori_loop(1, steps + 1, step, (jnp.full(shape, config.num_codes), jnp.zeros(shape)))
+    return jax.lax.fori_loop(1, steps + 1, step, (jnp.full(shape, config.num_codes, jnp.int32), jnp.zeros(shape, jnp.float32)))
 
 
 def sample_frame(key, params, cache: Cache, action, config: Config, temperature=None, steps=None):
@@ -514,7 +517,7 @@ def rollout(key, params, prompt, codes, config: Config) -> jax.Array:
 def source_of(config: Config) -> Source:
     """The clips' source. Raises UsageError where frames cannot be cut into patches."""
     args = (config.data, config.num_frames, config.size, config.num_levels, config.sticky)
-    source = make_source(*args)
+    source = make_source(*args, blank=config.dry_run)
     for name in ("patch", "lam_patch"):
         size = getattr(config, name)
         fits = source.shape[0] % size == 0 and source.shape[1] % size == 0
@@ -552,7 +555,8 @@ def make_train(config: Config) -> Train:
         }
         opt_state = {"tokenizer": txs["tokenizer"].init(params["tokenizer"])}
         opt_state["world"] = txs["world"].init({name: params[name] for name in parts})
-        shares = {name: jnp.full(num, 1 / num) for name, num in (("tokenizer", config.num_codes), ("lam", config.num_actions))}
+        nums = {"tokenizer": config.num_codes, "lam": config.num_actions}
+        shares = {name: jnp.full(num, 1 / num, jnp.float32) for name, num in nums.items()}
         return State(params, opt_state, shares, source.init(key_world), key)
 
     def descend(name, params, opt_state, grads):
@@ -676,8 +680,8 @@ def lam_results(params, clips, codes, index, source: Source, config: Config) -> 
     error = lambda codes: ((predict_next(params["lam"], x[:, :-1], codes, config) - x[:, 1:]) ** 2).mean((-2, -1)) + 1e-5
     arms = jnp.stack([codes, jnp.roll(codes, 1, axis=0), jnp.roll(codes, codes.shape[1] // 2, axis=1)])
     lam_psnr, other_clips, other_times = jax.lax.map(lambda codes: -10 * jnp.log10(error(codes)).mean(), arms)
-    of_code = jax.nn.one_hot(jnp.where(clips.action < 0, -1, index), config.num_actions)
-    count = lambda change: jnp.einsum("bta,btc->ac", of_code, jax.nn.one_hot(change, source.num_changes))
+    of_code = jax.nn.one_hot(jnp.where(clips.action < 0, -1, index), config.num_actions, dtype=jnp.float32)
+    count = lambda change: jnp.einsum("bta,btc->ac", of_code, jax.nn.one_hot(change, source.num_changes, dtype=jnp.float32))
     table = count(clips.change)
     return {
         "lam_psnr": lam_psnr,
@@ -697,9 +701,9 @@ def token_results(key, params, tokens, codes, config: Config) -> dict:
     drawn = draw_mask(key, tokens.shape, config)
     masks = jnp.stack([drawn, jnp.zeros_like(drawn).at[:, -1].set(True)])
     masked, last = jax.lax.map(lambda mask: hidden_loss(params["dynamics"], tokens, mask, codes, config)[0], masks)
-    share = jnp.zeros(config.num_codes).at[tokens.reshape(-1)].add(1.0) / tokens.size
+    share = jnp.zeros(config.num_codes, jnp.float32).at[tokens.reshape(-1)].add(1.0) / tokens.size
     unigram, same = share[tokens[:, -1]], tokens[:, -1] == tokens[:, -2]
-    weights = jnp.linspace(0, 1, 101)[:-1, None, None]  # the best of these on the very clips: it favours the baseline
+    weights = jnp.linspace(0, 1, 101, dtype=jnp.float32)[:-1, None, None]  # the best on the very clips: it favours the baseline
     mixtures = -jnp.log(weights * same + (1 - weights) * unigram)
     return {
         "cross_entropy": last,
@@ -718,7 +722,7 @@ def play_results(key, params, frames, others, tokens, codes, config: Config, dra
     prompt, end = config.prompt_frames, config.prompt_frames + 4
     truth, codes = frames[:, prompt:end] / 255, codes[:, : end - 1]
     still = psnr(truth[:, 3], frames[:, prompt - 1] / 255)
-    index = jax.random.randint(key_codes, (draws, *codes.shape[:2]), 0, config.num_actions)[:, :, prompt - 1 :]
+    index = jax.random.randint(key_codes, (draws, *codes.shape[:2]), 0, config.num_actions, jnp.int32)[:, :, prompt - 1 :]
     random = jnp.stack([codes] * draws).at[:, :, prompt - 1 :].set(unit(params["lam"]["codebook"])[index])
 
     def played(codes):
@@ -733,7 +737,7 @@ def play_results(key, params, frames, others, tokens, codes, config: Config, dra
         "rollout_psnr": inferred.mean(),
         "still_psnr": still.mean(),
         "delta4_psnr": delta.mean(),
-        "delta4_psnr_low": delta.mean() - 1.96 * delta.std() / np.sqrt(delta.size - 1),
+        "delta4_psnr_low": delta.mean() - 1.96 * delta.std() / (delta.size - 1) ** 0.5,
         "frechet": frechet(random_features(clips[0]), others),
         "frechet_of_truth": frechet(random_features(truth), others),
     }
@@ -810,9 +814,8 @@ def model_to_play(params, config: Config, shape: tuple[int, int]) -> Model:
     return Model(shape, config.num_actions, infer, begin_from, lambda *x: step(*x[:3], np.int32(x[3]), *x[4:]), hold)
 
 
-def play(config: Config, folder: Path) -> None:
+def play(config: Config, folder: Path, stop: StopSignal) -> None:
     """Serves a page on which a person plays the first seed of the run in a folder."""
-    stop = begin(config)
     trained, params, source = trained_run(config, folder)
     about = {"title": f"Genie: {folder}", "subtitle": f"{trained.data}, {trained.num_actions} latent actions"}
     with open_server(config.port) as server:
@@ -845,7 +848,9 @@ def find_run(folder: Path) -> tuple[Config, Path]:
         config = Config(**settings)
     except TypeError:
         config = None
-    require(config and as_dict(config) == settings, f"--load {folder}: is no run of this version of Genie")
+    ours, shared = as_dict(config) if config else {}, {field.name for field in fields(RunConfig)}
+    same = config and ours | settings == ours and ours.keys() - settings.keys() <= shared
+    require(same, f"--load {folder}: is no run of this version of Genie")
     in_first_part = config.stage == "all" and found[1]["update"] <= config.tokenizer_updates
     return replace(config, stage="tokenizer") if in_first_part else config, found[0]
 
@@ -888,7 +893,7 @@ def clone(config: Config, folder: Path) -> None:
     own |= {name: getattr(config, name) for name in ("bc_updates", "bc_batch", "bc_blocks", "labels", "lr", "lr_min", "warmup")}
     own |= {"num_updates": config.bc_updates, "num_seeds": trained.num_seeds}
     own |= {"eval_every": config.bc_updates, "save_every": min(config.save_every, config.bc_updates)}
-    config = replace(trained, **own | {"stage": "bc"})
+    config = replace(trained, **own | {"stage": "bc", "load": str(folder)})
 
     def make(config: Config) -> Train:
         model = make_train(config)  # outside of what is traced: it makes CoinRun's levels
@@ -899,9 +904,8 @@ def clone(config: Config, folder: Path) -> None:
     run(config, make, highlights=("won_latent", "won_oracle"), given=lambda: {"params": params})
 
 
-def sample(config: Config, folder: Path) -> None:
+def sample(config: Config, folder: Path, stop: StopSignal) -> None:
     """Writes a film of every code held after held-out prompts, by the first seed of the run in a folder."""
-    begin(config)
     trained, params, source = trained_run(config, folder)
 
     @jax.jit
@@ -919,19 +923,23 @@ def newest_run() -> Path:
     """The folder that a run without --load begins from. Raises UsageError if there is none."""
     runs = Path("runs") / method_name()
     require(runs.is_dir(), f"--load: there is no run in {runs}; train one first, or give its folder")
-    return new_or_newest(runs, True)
+    return newest_folder(runs)
 
 
 def main(config: Config) -> None:
     """Trains a stage, or samples."""
     with faults_in_one_line():
         folder = None
-        done_with_a_run = {"sample": sample, "play": play, "bc": clone}
-        if config.load or config.stage in ("dynamics", *done_with_a_run):
+        if config.load or config.stage in ("dynamics", "sample", "play", "bc"):
             folder = Path(config.load) if config.load else newest_run()
             find_run(folder)
-        if config.stage in done_with_a_run:
-            return done_with_a_run[config.stage](config, folder)
+            config = replace(config, load=str(folder))  # so that a run that is resumed finds it again
+        if config.stage in ("sample", "play"):
+            require(not config.dry_run, f"--dry-run: {config.stage} trains nothing")
+            with begin(config) as stop:
+                return (sample if config.stage == "sample" else play)(config, folder, stop)
+        if config.stage == "bc":
+            return clone(config, folder)
     given = partial(starting_params, config, folder) if folder else None
     run(config, make_train, highlights=("psnr", "lam_psnr_gain", "delta4_psnr"), given=given)
 

@@ -28,9 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.config import RunConfig, cli, require, require_range
-from common.devices import shard_batch
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, require, require_range, run, shard_batch
 from envs.matrix_games import TWO_PLAYER, MatrixGame, n_player, two_player
 
 
@@ -38,6 +36,7 @@ from envs.matrix_games import TWO_PLAYER, MatrixGame, n_player, two_player
 class Config(RunConfig):
     """LOLA's settings; the defaults are for two cores."""
 
+    may_grow = ("num_updates",)
     env: Literal["ipd", "imp", "chicken", "stag_hunt", "public_goods", "snowdrift", "n_stag_hunt", "tragedy"] = "ipd"
     """The game: one of two players, or (the last four) of --num-players."""
     num_players: int = 2
@@ -117,7 +116,7 @@ def play(key, logits, config: Config) -> Games:
     """Games of the policies `logits` (N, S) against each other, from START."""
     game, num = make_game(config), config.num_players
     params = game.default_params
-    noise = shard_batch(jax.random.logistic(key, (config.num_steps, config.num_envs, num)), 1)
+    noise = shard_batch(jax.random.logistic(key, (config.num_steps, config.num_envs, num), jnp.float32), 1)
     _, first = jax.vmap(lambda _: game.reset_env(None, params))(jnp.arange(config.num_envs))
 
     def step(state, noise):
@@ -130,7 +129,7 @@ def play(key, logits, config: Config) -> Games:
 
 def read(table, view) -> jax.Array:
     """table (N, S) at the players' views (..., N) -> (..., N)."""
-    return (jax.nn.one_hot(view, table.shape[1]) * table).sum(-1)
+    return (jax.nn.one_hot(view, table.shape[1], dtype=jnp.float32) * table).sum(-1)
 
 
 # --- DiCE
@@ -155,7 +154,7 @@ def returns(logits, value, games: Games, gamma: float) -> jax.Array:
 
 def imagine(key, logits, value, me: int, config: Config) -> jax.Array:
     """The policies after the others' next steps, as a function of mine (1709.04326, Eq. 8; 1802.05098, Alg. 1) -> (N, S)."""
-    others = (np.arange(config.num_players) != me)[:, None]
+    others = np.float32(np.arange(config.num_players) != me)[:, None]
 
     def learn(logits, key):
         games = play(key, jax.lax.stop_gradient(logits), config)
@@ -195,13 +194,13 @@ def value_error(value, games: Games, gamma: float) -> jax.Array:
 def make_train(config: Config) -> Train:
     """Players that learn beside each other, as pure functions of one seed."""
     states = 2**config.num_players + 1
-    rates = np.where(np.arange(config.num_players) < config.num_lola, config.lr, config.lr_naive)[:, None]
+    rates = np.float32([config.lr if i < config.num_lola else config.lr_naive for i in range(config.num_players)])[:, None]
     tx = optax.adam(1.0)
     tx_value = optax.adam(1.0 / (1 - config.gamma))
 
     def init(key):
         key, key_logits = jax.random.split(key)
-        logits = jax.random.normal(key_logits, (config.num_players, states))
+        logits = jax.random.normal(key_logits, (config.num_players, states), jnp.float32)
         params = Params(logits, jnp.zeros_like(logits))
         return State(params, (tx.init(params.logits), tx_value.init(params.value)), key)
 

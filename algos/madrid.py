@@ -39,10 +39,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.archive import Archive, filled, grid_cell, improvement_rank, init_archive, insert, sample_filled
-from common.config import RunConfig, cli, require, require_multiple
-from common.devices import shard_batch
-from common.env import select
-from common.run import Train, if_needed, run
+from common.env import in_32_bits, select
+from common.runs import RunConfig, Train, cli, if_needed, require, require_multiple, run, shard_batch
 from envs.football import Football, FootballParams
 from envs.football_bots import BOTS, Bot, bot_actions, bot_of, pair
 from envs.football_state import HALF_LENGTH, HIGH, LEVEL_SIZE, LONG, SHORT, SHOT, SIDE, STOP, FootballState
@@ -55,7 +53,7 @@ OFFSET = 2.0  # of the QD score: regret is at least -2
 class Config(RunConfig):
     """MADRID's settings; the defaults are the paper's."""
 
-    may_grow = ("num_updates",)
+    may_grow, paths = ("num_updates",), ("league",)
     num_updates: int = 5000
     """Iterations: each plays `candidates` levels for every reference."""
     method: Literal["madrid", "targeted", "random"] = "madrid"
@@ -299,7 +297,7 @@ def score(key, config: Config, players: Players, levels, repeats: int) -> Elite:
     first, _ = play_jobs(key, config, players, left, jnp.concatenate([chunks, chunks]))
     share = first.reshape(2, num_refs, parts, 2, each, repeats).mean(-1).swapaxes(3, 4)
     xp, sp = share.reshape(2, num_refs, parts * each, 2)[:, :, :num]
-    return Elite(levels, xp, sp, jnp.full((num_refs, num), float(repeats)))
+    return Elite(levels, xp, sp, jnp.full((num_refs, num), float(repeats), jnp.float32))
 
 
 def regret(elite: Elite) -> jax.Array:
@@ -332,7 +330,7 @@ def keep_newest(config: Config, archive: Archive, elite: Elite) -> tuple[Archive
     """The first of the batch in each cell replaces what is there, whatever its regret."""
     cell = cell_of(elite.level, config)
     empty = archive._replace(fitness=archive.fitness.at[cell].set(-jnp.inf))
-    new, taken = insert(empty, elite, jnp.zeros(cell.shape), elite.level[:, 40:42], cell)
+    new, taken = insert(empty, elite, jnp.zeros(cell.shape, jnp.float32), elite.level[:, 40:42], cell)
     fitness = jnp.where(filled(new), regret(new.genotype), -jnp.inf)
     return new._replace(fitness=fitness), taken
 
@@ -404,7 +402,7 @@ class Cma(NamedTuple):
 def make_cma(config: Config) -> Cma:
     from evosax.algorithms import Sep_CMA_ES  # on use only: it starts the backend when it is imported
 
-    strategy = Sep_CMA_ES(population_size=config.candidates // config.num_emitters, solution=jnp.zeros(LEVEL_SIZE))
+    strategy = Sep_CMA_ES(population_size=config.candidates // config.num_emitters, solution=jnp.zeros(LEVEL_SIZE, jnp.float32))
     return Cma(strategy, strategy.default_params.replace(std_init=config.sigma))
 
 
@@ -416,14 +414,14 @@ def restart_emitters(key, cma: Cma, archive: Archive, config: Config):
     means = jax.vmap(lambda key, a: a.genotype.level[sample_filled(key, a, shape[1:])])(keys, archive)
     init = jax.vmap(jax.vmap(cma.strategy.init, (0, 0, None)), (0, 0, None))
     state = init(jax.random.split(key_init, shape), means, cma.params)
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)  # none weakly typed
+    return in_32_bits(state)
 
 
 def ask(key, cma: Cma, state, config: Config):
     """-> children (M, N, 42), emitter by emitter, clipped to where levels are drawn from; the state to tell of them."""
     shape = state.mean.shape[:2]
     ask_one = jax.vmap(jax.vmap(cma.strategy.ask, (0, 0, None)), (0, 0, None))
-    children, state = ask_one(jax.random.split(key, shape), state, cma.params)
+    children, state = in_32_bits(ask_one(jax.random.split(key, shape), state, cma.params))
     bounds = np.tile(np.float32([0.9, 0.4]), 21)
     return jnp.clip(children, -bounds, bounds).reshape(shape[0], config.candidates, LEVEL_SIZE), state
 
@@ -435,8 +433,8 @@ def tell(key, cma: Cma, state, children, rank, taken, archive: Archive, config: 
     split = lambda x: x.reshape(*shape, -1, *x.shape[2:])
     tell_one = jax.vmap(jax.vmap(cma.strategy.tell, (0, 0, 0, 0, None)), (0, 0, 0, 0, None))
     told, _ = tell_one(jax.random.split(key_tell, shape), split(children), split(rank), state, cma.params)
-    state = jax.vmap(jax.vmap(select))(split(taken).any(2), told, restart_emitters(key_restart, cma, archive, config))
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
+    state = jax.vmap(jax.vmap(select))(split(taken).any(2), in_32_bits(told), restart_emitters(key_restart, cma, archive, config))
+    return in_32_bits(state)
 
 
 # --- the search
@@ -473,7 +471,7 @@ def make_train(config: Config) -> Train:
             emitter = tell(key_tell, cma, emitter, levels, rank, taken & (t > 0), archive, config)
         played = (t + 1) * num_refs * (config.candidates + 2 * config.duels * (config.method != "random"))
         info = {"children_regret": regret(elite).mean(), "taken": taken.mean(), "evaluations": played}
-        info["env_steps_m"] = played * (2e-6 * config.repeats * config.horizon)
+        info["env_steps_m"] = played.astype(jnp.float32) * (2e-6 * config.repeats * config.horizon)
         return State(archive, emitter, key), summary_of(archive) | info
 
     return Train(init, update, partial(evaluate, config, players), config.num_updates)
@@ -481,7 +479,7 @@ def make_train(config: Config) -> Train:
 
 def mean_where(x, where, axis=None) -> jax.Array:
     """NaN where there is none."""
-    return jnp.where(where, x, 0.0).sum(axis) / jnp.where(where.any(axis), where.sum(axis), jnp.nan)
+    return jnp.where(where, x, np.float32(0)).sum(axis) / jnp.where(where.any(axis), where.sum(axis), jnp.nan)
 
 
 def summary_of(archive: Archive) -> dict:
@@ -548,7 +546,7 @@ def positions(levels, known, pixels: int = 4) -> jax.Array:
     weight = jnp.broadcast_to(known.reshape(-1, 1), cell.shape)
     maps = []
     for part in (slice(0, 10), slice(10, 20), slice(20, 21)):
-        count = jnp.zeros(shape[0] * shape[1]).at[cell[:, part]].add(weight[:, part])
+        count = jnp.zeros(shape[0] * shape[1], jnp.float32).at[cell[:, part]].add(weight[:, part])
         maps.append(jnp.pad(count.reshape(shape).T / jnp.maximum(count.max(), 1), 1, constant_values=1.0))
     image = jnp.repeat(jnp.repeat(jnp.concatenate(maps, axis=1), pixels, 0), pixels, 1)[..., None]
     return (image * np.float32([255, 230, 120]) + (1 - image) * np.float32([20, 50, 30])).astype(jnp.uint8)

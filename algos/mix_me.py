@@ -50,10 +50,8 @@ from common.archive import (
     qd_score,
     sample_filled,
 )
-from common.config import RunConfig, cli, require, require_multiple, require_range
-from common.devices import shard_batch
-from common.env import select
-from common.run import Train, run
+from common.env import in_32_bits, select
+from common.runs import RunConfig, Train, cli, require, require_multiple, require_range, run, shard_batch
 from envs.locomotion import TASKS, Locomotion
 from envs.planar import Planar, PlanarParams
 
@@ -62,6 +60,7 @@ from envs.planar import Planar, PlanarParams
 class Config(RunConfig):
     """Mix-ME's settings; the defaults are those of the authors' code."""
 
+    may_grow = ("num_updates",)
     num_updates: int = 1000
     """Generations per seed: each plays a batch of teams and offers them to the archive. The first one's are random."""
     robot: Literal[
@@ -207,7 +206,8 @@ def init_teams(key, team: Team, num: int) -> jax.Array:
     keys, parts = jax.random.split(key, len(team.sizes)), []
     for key, n_in, n_out in zip(keys, team.sizes, team.sizes[1:], strict=False):
         shape = (num, team.num_policies, n_in * n_out)
-        parts += [jax.random.uniform(key, shape, minval=-1) * (3 / n_in) ** 0.5, jnp.zeros((*shape[:2], n_out))]
+        weights = jax.random.uniform(key, shape, jnp.float32, minval=-1) * (3 / n_in) ** 0.5
+        parts += [weights, jnp.zeros((*shape[:2], n_out), jnp.float32)]
     return jnp.concatenate(parts, axis=-1)
 
 
@@ -260,8 +260,8 @@ def play(config: Config, teams, key=None, params: PlanarParams | None = None, re
         record = jax.tree.map(lambda x: x[..., jnp.asarray(recorded, jnp.int32)], state)
         return (state, going_on & ~fallen, total, contact, steps + going_on), record
 
-    zeros = jnp.zeros(num)
-    carry = (state, jnp.ones(num, bool), zeros, jnp.zeros((env.num_feet, num)), zeros)
+    zeros = jnp.zeros(num, jnp.float32)
+    carry = (state, jnp.ones(num, bool), zeros, jnp.zeros((env.num_feet, num), jnp.float32), zeros)
     (_, _, total, contact, steps), record = jax.lax.scan(step, carry, length=config.episode_length)
     return Episode(total, (contact / steps).T, record)
 
@@ -294,20 +294,20 @@ def cells_of(config: Config, centroids, descriptor) -> jax.Array:
 def iso_line(key, x1, x2, iso_sigma: float, line_sigma: float) -> jax.Array:
     """x1 + iso_sigma N(0, I) + line_sigma N(0, 1) (x2 - x1), one step along the line for a whole team (1804.03906)."""
     key_iso, key_line = jax.random.split(key)
-    step = line_sigma * jax.random.normal(key_line, (x1.shape[0], 1, 1))
-    return x1 + iso_sigma * jax.random.normal(key_iso, x1.shape) + step * (x2 - x1)
+    step = line_sigma * jax.random.normal(key_line, (x1.shape[0], 1, 1), jnp.float32)
+    return x1 + iso_sigma * jax.random.normal(key_iso, x1.shape, jnp.float32) + step * (x2 - x1)
 
 
 def polynomial(key, x, eta: float, bound: float, proportion: float) -> jax.Array:
     """Polynomial mutation (Deb and Goyal, 1996) of a share of all numbers, which are then within +-bound."""
     key_which, key_how = jax.random.split(key)
-    u, power = jax.random.uniform(key_how, x.shape), 1 / (eta + 1)
+    u, power = jax.random.uniform(key_how, x.shape, jnp.float32), 1 / (eta + 1)
     x = jnp.clip(x, -bound, bound)
     to_low, to_high = (x + bound) / (2 * bound), (bound - x) / (2 * bound)
     down = (2 * u + (1 - 2 * u) * (1 - to_low) ** (eta + 1)) ** power - 1
     up = 1 - (2 * (1 - u) + (2 * u - 1) * (1 - to_high) ** (eta + 1)) ** power
     mutated = x + 2 * bound * jnp.where(u < 0.5, down, up)
-    chosen = jax.random.uniform(key_which, x.shape) < proportion
+    chosen = jax.random.uniform(key_which, x.shape, jnp.float32) < proportion
     return jnp.clip(jnp.where(chosen, mutated, x), -bound, bound)
 
 
@@ -315,7 +315,7 @@ def some_agents(key, shape: tuple[int, int], k: int) -> jax.Array:
     """k agents of each team, at random, (B, policies, 1) bool; all where k is 0."""
     if not 0 < k < shape[1]:
         return jnp.ones((*shape, 1), bool)
-    order = jax.random.uniform(key, shape)
+    order = jax.random.uniform(key, shape, jnp.float32)
     return ((order[..., None] > order[:, None]).sum(-1) < k)[..., None]
 
 
@@ -326,7 +326,7 @@ def team_crossover(key, archive: Archive, num: int, k: int, keep_roles: bool) ->
     """
     key_base, key_team, key_slot, key_some = jax.random.split(key, 4)
     shape = (num, archive.genotype.shape[1])
-    slot = jnp.arange(shape[1]) if keep_roles else jax.random.randint(key_slot, shape, 0, shape[1])
+    slot = jnp.arange(shape[1]) if keep_roles else jax.random.randint(key_slot, shape, 0, shape[1], jnp.int32)
     donors = archive.genotype[sample_filled(key_team, archive, shape), slot]
     base = archive.genotype[sample_filled(key_base, archive, (num,))] if 0 < k < shape[1] else donors
     return jnp.where(some_agents(key_some, shape, k), donors, base)
@@ -372,7 +372,7 @@ def make_cma_me(config: Config, team: Team) -> CmaMe:
     from evosax.algorithms import Sep_CMA_ES  # on use only: it starts the backend when it is imported
 
     each = config.batch_size // config.num_emitters
-    strategy = Sep_CMA_ES(population_size=each, solution=jnp.zeros((team.num_policies, team.num_parameters)))
+    strategy = Sep_CMA_ES(population_size=each, solution=jnp.zeros((team.num_policies, team.num_parameters), jnp.float32))
     return CmaMe(strategy, strategy.default_params.replace(std_init=config.cma_sigma))
 
 
@@ -382,13 +382,13 @@ def restart(key, cma: CmaMe, archive: Archive, config: Config):
     means = archive.genotype[sample_filled(key_elite, archive, (config.num_emitters,))]
     init = jax.vmap(cma.strategy.init, (0, 0, None))
     state = init(jax.random.split(key_init, config.num_emitters), means, cma.params)
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)  # none weakly typed
+    return in_32_bits(state)
 
 
 def ask(key, cma: CmaMe, state, config: Config):
     """-> the batch of children, emitter by emitter, and the state to tell of them."""
     keys = jax.random.split(key, config.num_emitters)
-    children, state = jax.vmap(cma.strategy.ask, (0, 0, None))(keys, state, cma.params)
+    children, state = in_32_bits(jax.vmap(cma.strategy.ask, (0, 0, None))(keys, state, cma.params))
     return children.reshape(config.batch_size, *children.shape[2:]), state
 
 
@@ -399,7 +399,7 @@ def tell(key, cma: CmaMe, state, children, rank, taken, archive: Archive, config
     keys = jax.random.split(key_tell, config.num_emitters)
     state, _ = jax.vmap(cma.strategy.tell, (0, 0, 0, 0, None))(keys, split(children), split(rank), state, cma.params)
     state = jax.vmap(select)(split(taken).any(1), state, restart(key_restart, cma, archive, config))
-    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
+    return in_32_bits(state)
 
 
 # --- training

@@ -26,12 +26,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import RunConfig, cli, require, require_multiple, require_range
-from common.devices import shard_batch
 from common.env import reset_from_bank, step_from_bank
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 from common.ppo import Batch, gae, ppo_update, rollout
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, require, require_multiple, require_range, run, shard_batch
 from envs.maze import EnvParams, Level, Maze
 from envs.maze_editor import MazeEditor
 from envs.maze_eval import held_out_results, level_results, picture_of
@@ -41,6 +39,7 @@ from envs.maze_eval import held_out_results, level_results, picture_of
 class Config(RunConfig):
     """PAIRED's settings; the defaults are minimax's."""
 
+    may_grow = ("num_updates",)
     num_updates: int = 30_000
     """Updates per seed: each builds a batch of levels, has every student play and learn from it, and then the teacher."""
     num_envs: int = 32
@@ -186,7 +185,7 @@ def memory_and_heads(params, x, reset, hstate):
 
 def init_hstate(num_envs: int, hidden: int):
     """An LSTM's state before an episode."""
-    return jnp.zeros((num_envs, hidden)), jnp.zeros((num_envs, hidden))
+    return jnp.zeros((num_envs, hidden), jnp.float32), jnp.zeros((num_envs, hidden), jnp.float32)
 
 
 # --- regret
@@ -202,7 +201,7 @@ def episode_returns(reward, done) -> tuple[jax.Array, jax.Array]:
         summed, best = summed + jnp.where(done, total, 0.0), jnp.where(done, jnp.maximum(best, total), best)
         return (jnp.where(done, 0.0, total), summed, best, episodes + done), None
 
-    zeros = jnp.zeros(reward.shape[1])
+    zeros = jnp.zeros(reward.shape[1], jnp.float32)
     (_, summed, best, episodes), _ = jax.lax.scan(step, (zeros, zeros, jnp.full_like(zeros, -jnp.inf), zeros), (reward, done))
     return summed / jnp.maximum(episodes, 1), jnp.where(episodes > 0, best, 0.0)
 
@@ -312,11 +311,11 @@ def describe(traj, mean, best, score, levels, info, teacher_info) -> dict:
     episodes = jnp.maximum(done.sum(), 1)
     return {
         "return": reward.sum() / episodes,
-        "solve_rate": (reward > 0).sum() / episodes,
+        "solve_rate": (reward > 0).sum().astype(jnp.float32) / episodes,
         "mean_return": mean[0].mean(),
         "others_best_return": best[1:].max(0).mean() if len(best) > 1 else best[0].mean(),
         "teacher_score": score.mean(),
-        "walls": levels.walls.sum((1, 2)).mean(),
+        "walls": levels.walls.sum((1, 2)).mean(dtype=jnp.float32),
         **{name: x[0] for name, x in info.items()},
         **{f"teacher_{name}": x for name, x in teacher_info.items()},
     }

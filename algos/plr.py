@@ -29,8 +29,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import RunConfig, cli, require, require_multiple, require_range
-from common.devices import shard_batch
 from common.env import reset_from_bank, select, step_from_bank
 from common.level_buffer import (
     LevelBuffer,
@@ -46,7 +44,7 @@ from common.level_buffer import (
 )
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 from common.ppo import Batch, gae, ppo_update, rollout
-from common.run import Train, nothing_like, run
+from common.runs import RunConfig, Train, cli, nothing_like, require, require_multiple, require_range, run, shard_batch
 from envs.maze import EnvParams, Maze
 from envs.maze_eval import held_out_results, level_results, picture_of
 
@@ -55,6 +53,7 @@ from envs.maze_eval import held_out_results, level_results, picture_of
 class Config(RunConfig):
     """PLR's settings; the defaults are minimax's for robust PLR."""
 
+    may_grow = ("num_updates",)
     num_updates: int = 60_000
     """Cycles per seed: each plays a batch of levels, new or replayed."""
     num_envs: int = 32
@@ -169,7 +168,7 @@ def agent(params, obs, reset, hstate):
 
 def init_hstate(num_envs: int, hidden: int):
     """The LSTM's state before an episode."""
-    return jnp.zeros((num_envs, hidden)), jnp.zeros((num_envs, hidden))
+    return jnp.zeros((num_envs, hidden), jnp.float32), jnp.zeros((num_envs, hidden), jnp.float32)
 
 
 # --- training
@@ -219,7 +218,7 @@ def make_train(config: Config) -> Train:
         key_new, key_replay = jax.random.split(key)
         index, drawn = sample_replay(key_replay, buffer, num, **prioritise)
         stored = jax.tree.map(lambda x: x[index], (buffer.levels, buffer.max_return))
-        fresh = (sample_levels(key_new, num), jnp.full(num, -jnp.inf))
+        fresh = (sample_levels(key_new, num), jnp.full(num, -jnp.inf, jnp.float32))
         levels, best = select(replay, stored, fresh)
         age = jnp.where(replay, drawn.age, age_buffer(buffer, num).age)
         return levels, jnp.where(replay, index, -1), best, buffer._replace(age=age)
@@ -236,7 +235,7 @@ def make_train(config: Config) -> Train:
     def update(state: State, t):
         """One cycle (2110.02439, Algorithm 1): new levels, or replayed ones; when robust, the former are only scored."""
         key, key_draw, key_play, key_learn = jax.random.split(state.key, 4)
-        turn = jax.random.uniform(jax.random.fold_in(jax.random.key(0), t)) < config.replay_prob
+        turn = jax.random.uniform(jax.random.fold_in(jax.random.key(0), t), dtype=jnp.float32) < config.replay_prob
         replay = turn & is_warm(state.buffer)
         levels, index, best, buffer = draw(key_draw, state.buffer, replay)
         batch, trial = play_levels(key_play, state.params, levels, best, config, index)
@@ -260,7 +259,7 @@ def make_train(config: Config) -> Train:
         key, key_draw, key_new, key_play, key_learn = jax.random.split(state.key, 5)
         replay = is_warm(state.buffer)
         levels, index, best, buffer = draw(key_draw, state.buffer, replay)
-        new = (sample_levels(key_new, num), jnp.full(num, -1), jnp.full(num, -jnp.inf))
+        new = (sample_levels(key_new, num), jnp.full(num, -1, jnp.int32), jnp.full(num, -jnp.inf, jnp.float32))
         wide, index, best = jax.tree.map(lambda *x: jnp.concatenate(x), new, (levels, index, best))
         batch, trial = play_levels(key_play, state.params, wide, best, config, index)
         buffer = update_buffer(buffer, trial, **prioritise)
@@ -280,8 +279,8 @@ def describe(state: State, traj, levels, replay) -> dict:
     episodes = jnp.maximum(traj.done.sum(), 1)
     floats = {
         "return": traj.reward.sum() / episodes,
-        "solve_rate": (traj.reward > 0).sum() / episodes,
-        "walls": levels.walls.sum((1, 2)).mean(),
+        "solve_rate": (traj.reward > 0).sum().astype(jnp.float32) / episodes,
+        "walls": levels.walls.sum((1, 2)).mean(dtype=jnp.float32),
     }
     floats = {name: jnp.where(replay, x, jnp.nan) for name, x in floats.items()}
     return floats | {"buffer": state.buffer.size, "env_steps": state.env_steps, "ppo_updates": state.ppo_updates}

@@ -22,12 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import RunConfig, cli, require, require_multiple, require_range
-from common.devices import shard_batch
 from common.env import reset_from_bank, step_from_bank
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 from common.ppo import Batch, gae, ppo_update, rollout
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, require, require_multiple, require_range, run, shard_batch
 from envs.maze import EnvParams, Level, Maze
 from envs.maze_eval import held_out_results, level_results, picture_of
 
@@ -146,7 +144,7 @@ def agent(params, obs, reset, hstate):
 
 def init_hstate(num_envs: int, hidden: int):
     """The LSTM's state before an episode."""
-    return jnp.zeros((num_envs, hidden)), jnp.zeros((num_envs, hidden))
+    return jnp.zeros((num_envs, hidden), jnp.float32), jnp.zeros((num_envs, hidden), jnp.float32)
 
 
 # --- training
@@ -169,7 +167,7 @@ def play(key, params, levels: Level, num_steps: int, hidden: int):
 
 def success_rate(reward, done) -> jax.Array:
     """The share of finished episodes that were solved (N,); 0 where none finished. reward, done (T, N)."""
-    return (done & (reward > 0)).sum(0) / jnp.maximum(done.sum(0), 1)
+    return (done & (reward > 0)).sum(0).astype(jnp.float32) / jnp.maximum(done.sum(0), 1)
 
 
 def learnability(success) -> jax.Array:
@@ -191,7 +189,7 @@ def make_train(config: Config) -> Train:
         key, key_params, key_levels = jax.random.split(key, 3)
         params = init_agent(key_params, env.num_actions, config.hidden)
         levels = sample_levels(key_levels, config.buffer_size)
-        return State(params, tx.init(params), levels, jnp.zeros(config.buffer_size), jnp.int32(0), key)
+        return State(params, tx.init(params), levels, jnp.zeros(config.buffer_size, jnp.float32), jnp.int32(0), key)
 
     def search(key, params):
         """Plays many new levels and keeps the most learnable -> levels, their success rates (2408.15099, Algorithm 2)."""
@@ -204,7 +202,7 @@ def make_train(config: Config) -> Train:
 
         _, tried = jax.lax.scan(try_batch, None, jax.random.split(key, config.search_batches))
         levels, success = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tried)
-        _, best = jax.lax.top_k(learnability(success), config.buffer_size)
+        best = jnp.argsort(-learnability(success))[: config.buffer_size]  # XLA would gather all seeds for a top_k
         return jax.tree.map(lambda x: x[best], (levels, success))
 
     def update(state: State, t):
@@ -212,7 +210,7 @@ def make_train(config: Config) -> Train:
         key, key_search, key_new, key_kept, key_play, key_learn = jax.random.split(state.key, 6)
         searches = t % config.search_every == 0
         levels, success = jax.lax.cond(searches, lambda: search(key_search, state.params), lambda: (state.levels, state.success))
-        kept = jax.random.randint(key_kept, (num_learnable,), 0, config.buffer_size)
+        kept = jax.random.randint(key_kept, (num_learnable,), 0, config.buffer_size, jnp.int32)
         new = sample_levels(key_new, config.num_envs - num_learnable)
         batch_levels = jax.tree.map(lambda x, y: jnp.concatenate([x[kept], y]), levels, new)
 
@@ -225,7 +223,7 @@ def make_train(config: Config) -> Train:
         episodes = jnp.maximum(traj.done.sum(), 1)
         return state, info | {
             "return": traj.reward.sum() / episodes,
-            "solve_rate": (traj.reward > 0).sum() / episodes,
+            "solve_rate": (traj.reward > 0).sum().astype(jnp.float32) / episodes,
             "learnability": learnability(success).mean(),
             "env_steps": env_steps,
             "ppo_updates": t + 1,

@@ -36,12 +36,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.config import RunConfig, cli, require, require_range
-from common.devices import shard_batch
+from common.env import in_32_bits
 from common.lanes import Episode, affine, affine_shape, choose, gru, gru_shape, linear, pick, ppo_epochs, spread, to_matches
 from common.nn import orthogonal
 from common.ppo import gae
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, require, require_range, run, shard_batch
 from envs.coin_game import CoinGame
 from envs.in_the_matrix import InTheMatrix
 from envs.matrix_games import MatrixGame, two_player
@@ -54,6 +53,7 @@ SIDES = ("shaper", "learner")
 class Config(RunConfig):
     """Shaper's settings; the defaults are the authors' for the iterated matrix games."""
 
+    may_grow = ("num_updates",)
     preset: Literal["cpu", "coin_game", "in_the_matrix", "mfos_rl", "paper", "paper_coin_game", "paper_in_the_matrix"] = "cpu"
     """Which set of defaults to begin from: minutes on two cores, for one kind of world each, or the authors' own numbers."""
     env: Literal["ipd", "imp", "chicken", "stag_hunt", "coin_game", "ipditm", "impitm"] = "ipd"
@@ -230,7 +230,7 @@ def share_memory(params, h, averaging: str, heads: int) -> jax.Array:
         return 0.5 * h + 0.5 * h.mean(0)
     split = lambda x: x.reshape(x.shape[0], heads, -1, x.shape[-1])
     q, k, v = (split(x) for x in jnp.split(linear(params["qkv"], layer_norm(params["before"], h)), 3, axis=-2))
-    weights = jax.nn.softmax((q[:, None] * k).sum(-2) / np.sqrt(q.shape[2]), axis=1)  # (E, E, heads, M)
+    weights = jax.nn.softmax((q[:, None] * k).sum(-2) / q.shape[2] ** 0.5, axis=1)  # (E, E, heads, M)
     seen = (weights[..., None, :] * v).sum(1).reshape(h.shape)
     return 0.5 * h + 0.5 * affine(params["out"], layer_norm(params["after"], h + seen))
 
@@ -389,7 +389,7 @@ def make_policy(config: Config) -> Player:
 
 def init_memory(config: Config, num_envs: int, matches: int):
     """The policy's memory at the start of a trial."""
-    h = jnp.zeros((num_envs, config.hidden, matches))
+    h = jnp.zeros((num_envs, config.hidden, matches), jnp.float32)
     return {"gs": (), "mfos": (h, h, jnp.ones_like(h))}.get(config.method, h)
 
 
@@ -407,14 +407,14 @@ def init_learner(key, config: Config) -> dict:
     actions, hidden = make_world(config).env.num_actions, config.learner_hidden
     seen, n_in = view_shape(config.env, hidden)
     if config.learner == "tabular":
-        return {"heads": jnp.full((actions + 1, n_in), 0.5)}
-    layer = lambda key, n_out, n_in: {"w": orthogonal(key, (n_out, n_in), 2**0.5), "b": jnp.zeros(n_out)}
+        return {"heads": jnp.full((actions + 1, n_in), 0.5, jnp.float32)}
+    layer = lambda key, n_out, n_in: {"w": orthogonal(key, (n_out, n_in), 2**0.5), "b": jnp.zeros(n_out, jnp.float32)}
     keys = jax.random.split(key, 8)
     filled = {name: layer(keys[i], *shape["w"]) for i, (name, shape) in enumerate(seen.items())}
     heads = jnp.concatenate([orthogonal(keys[2], (actions, hidden), 0.01), orthogonal(keys[3], (1, hidden))])
     if config.learner == "gru":
         wx, wh = orthogonal(keys[4], (3 * hidden, n_in)), orthogonal(keys[5], (3 * hidden, hidden))
-        return {"view": filled, "gru": {"wx": wx, "wh": wh, "b": jnp.zeros(3 * hidden)}, "heads": heads}
+        return {"view": filled, "gru": {"wx": wx, "wh": wh, "b": jnp.zeros(3 * hidden, jnp.float32)}, "heads": heads}
     first, second = layer(keys[4], hidden, n_in), layer(keys[5], hidden, hidden)
     return {"view": filled, "first": first, "second": second, "heads": heads}
 
@@ -459,7 +459,7 @@ def start_learner(key, config: Config, population: int, opponents: int, num_envs
     params = jax.vmap(partial(init_learner, config=config))(jax.random.split(key, opponents))
     params = jax.tree.map(lambda x: jnp.tile(jnp.moveaxis(x, 0, -1), population), params)
     matches = population * opponents
-    memory = jnp.zeros((num_envs, config.learner_hidden, matches)) if config.learner == "gru" else ()
+    memory = jnp.zeros((num_envs, config.learner_hidden, matches), jnp.float32) if config.learner == "gru" else ()
     stop = jnp.broadcast_to(stop, matches)
     return (params, optax.adam(config.lr, eps=1e-5).init(params), stop), memory
 
@@ -516,9 +516,9 @@ def play_trial(key, world: World, players, weights, memories, sizes, config: Con
     def episode(carry, k):
         weights, memories = carry
         key_reset, key_noise, key_env, *key_end = jax.random.split(jax.random.fold_in(key, k), 5)
-        noise = jax.random.gumbel(key_noise, (config.num_steps, 2, num_envs, num_actions, opponents))
+        noise = jax.random.gumbel(key_noise, (config.num_steps, 2, num_envs, num_actions, opponents), jnp.float32)
         keys = jax.random.split(key_env, (config.num_steps, num_envs, opponents))
-        obs, env_state = reset(jax.random.split(key_reset, (num_envs, opponents)), jnp.zeros(shape))
+        obs, env_state = reset(jax.random.split(key_reset, (num_envs, opponents)), jnp.zeros(shape, jnp.float32))
         carry = (env_state, observe(obs)[1], memories)
         (_, _, memories), (notes, reward, stats, film) = jax.lax.scan(partial(step, weights), carry, (noise, keys))
         ends = [p.end(key_end[i], weights[i], memories[i], notes[i], k) for i, p in enumerate(players)]
@@ -555,7 +555,7 @@ def make_evolution(config: Config):
 
 def zero_policy(config: Config) -> dict:
     """A policy's weights, all zero: it acts uniformly at random."""
-    return jax.tree.map(jnp.zeros, policy_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(partial(jnp.zeros, dtype=jnp.float32), policy_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
 
 
 def make_train(config: Config) -> Train:
@@ -568,17 +568,17 @@ def train_by_evolution(config: Config) -> Train:
     strategy, es_params = make_evolution(config)
     players = (make_policy(config), make_learner(config, world.bootstrap))
     sizes = (config.population_size, config.num_opponents, config.num_envs)
-    steps = np.prod([*sizes, config.num_episodes, config.num_steps])
+    steps = np.float32(np.prod([*sizes, config.num_episodes, config.num_steps]))
 
     def init(key):
         key, key_es = jax.random.split(key)
         es = strategy.init(key_es, zero_policy(config), es_params)
-        return State(jax.tree.map(jnp.asarray, es), key)
+        return State(in_32_bits(jax.tree.map(jnp.asarray, es)), key)
 
     def update(state: State, t):
         """A generation: every policy of the population plays a trial against each of its fresh learners."""
         key, key_ask, key_tell, key_learner, key_trial = jax.random.split(state.key, 5)
-        population, es = strategy.ask(key_ask, state.es, es_params)
+        population, es = in_32_bits(strategy.ask(key_ask, state.es, es_params))
         weights = to_matches(population, config.num_opponents)
         weights = jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), weights)
         memory = init_memory(config, config.num_envs, config.population_size * config.num_opponents)
@@ -606,7 +606,7 @@ def init_policy(key, config: Config) -> dict:
     """A policy's weights for PPO: normal, scaled by the number of inputs; the last layer small; biases 0."""
     shapes, tree = jax.tree.flatten(policy_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
     keys = jax.random.split(key, len(shapes))
-    fill = lambda key, s: jax.random.normal(key, s) / np.sqrt(s[1]) if len(s) > 1 else jnp.zeros(s)
+    fill = lambda key, s: jax.random.normal(key, s, jnp.float32) / s[1] ** 0.5 if len(s) > 1 else jnp.zeros(s, jnp.float32)
     weights = jax.tree.unflatten(tree, [fill(k, s) for k, s in zip(keys, shapes, strict=True)])
     return weights | {"policy": 0.01 * weights["policy"]}
 
@@ -646,7 +646,7 @@ def train_by_ppo(config: Config) -> Train:
     world, tx = make_world(config), optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(config.rl_lr, eps=1e-5))
     players = (make_policy(config)._replace(records="trial"), make_learner(config, world.bootstrap))
     sizes = (1, config.num_opponents, config.num_envs)
-    steps = np.prod([*sizes, config.num_episodes, config.num_steps])
+    steps = np.float32(np.prod([*sizes, config.num_episodes, config.num_steps]))
 
     def init(key):
         key, key_policy = jax.random.split(key)

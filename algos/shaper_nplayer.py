@@ -32,12 +32,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.config import RunConfig, cli, require, require_range
-from common.devices import shard_batch
+from common.env import in_32_bits
 from common.lanes import Episode, affine, affine_shape, choose, gru, gru_shape, linear, pick, ppo_epochs, to_matches
 from common.nn import orthogonal
 from common.ppo import gae
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, require, require_range, run, shard_batch
 from envs.matrix_games import MatrixGame, n_player
 
 
@@ -45,6 +44,7 @@ from envs.matrix_games import MatrixGame, n_player
 class Config(RunConfig):
     """Settings; the defaults are the authors' for one shaper."""
 
+    may_grow = ("num_updates",)
     preset: Literal["cpu", "paper", "paper_several"] = "cpu"
     """Which set of defaults to begin from: minutes on two cores, or the authors' own numbers for one shaper or for several."""
     env: Literal["public_goods", "snowdrift", "stag_hunt", "tragedy"] = "public_goods"
@@ -190,7 +190,7 @@ def act_shaper(weights, h, obs):
 def zero_policy(config: Config) -> dict:
     """A shaper's weights, all zero: it acts uniformly at random."""
     shapes = {"gru": gru_shape(2**config.num_players + 1, config.hidden), "policy": (2, config.hidden)}
-    return jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(partial(jnp.zeros, dtype=jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def others_defecting(players: int) -> np.ndarray:
@@ -226,14 +226,15 @@ def init_learner(key, config: Config) -> dict:
     """The weights of one learner: a table of logits and values, or a network."""
     n_in, hidden = 2**config.num_players + 1, config.learner_hidden
     if config.learner == "tabular":
-        return {"heads": jnp.full((3, n_in), 0.5)}
+        return {"heads": jnp.full((3, n_in), 0.5, jnp.float32)}
     keys = jax.random.split(key, 4)
     heads = jnp.concatenate([orthogonal(keys[0], (2, hidden), 0.01), orthogonal(keys[1], (1, hidden))])
     if config.learner == "gru":
         wx, wh = orthogonal(keys[2], (3 * hidden, n_in)), orthogonal(keys[3], (3 * hidden, hidden))
-        return {"gru": {"wx": wx, "wh": wh, "b": jnp.zeros(3 * hidden)}, "heads": heads}
+        return {"gru": {"wx": wx, "wh": wh, "b": jnp.zeros(3 * hidden, jnp.float32)}, "heads": heads}
     shapes = affine_shape(n_in, hidden), affine_shape(hidden, hidden)
-    first, second = ({"w": orthogonal(k, s["w"], 2**0.5), "b": jnp.zeros(s["b"])} for k, s in zip(keys[2:], shapes, strict=True))
+    layer = lambda key, shape: {"w": orthogonal(key, shape["w"], 2**0.5), "b": jnp.zeros(shape["b"], jnp.float32)}
+    first, second = map(layer, keys[2:], shapes)
     return {"first": first, "second": second, "heads": heads}
 
 
@@ -268,7 +269,7 @@ def start_learners(key, config: Config, seats: int, population: int, groups: int
     params = jax.vmap(partial(init_learner, config=config))(jax.random.split(key, seats * groups))
     params = jax.tree.map(lambda x: jnp.tile(jnp.moveaxis(x, 0, -1), population), params)
     lanes = population * seats * groups
-    memory = jnp.zeros((config.num_envs, config.learner_hidden, lanes)) if config.learner == "gru" else ()
+    memory = jnp.zeros((config.num_envs, config.learner_hidden, lanes), jnp.float32) if config.learner == "gru" else ()
     return (params, optax.adam(config.lr, eps=1e-5).init(params)), memory
 
 
@@ -318,7 +319,7 @@ def play_trial(key, sides: list[Side], sizes, config: Config, with_visits: bool 
     def episode(carry, k):
         weights, memories = carry
         key_noise, *key_ends = jax.random.split(jax.random.fold_in(key, k), 1 + len(sides))
-        noise = jax.random.gumbel(key_noise, (config.num_steps, config.num_envs, 2, config.num_players, groups))
+        noise = jax.random.gumbel(key_noise, (config.num_steps, config.num_envs, 2, config.num_players, groups), jnp.float32)
         noise = [x.reshape(*x.shape[:3], -1) for x in jnp.split(noise, ends[:-1], axis=-2)]
         fill = lambda x: jnp.broadcast_to(x[..., None], (config.num_envs, population, *x.shape, groups))
         obs, env_state = jax.tree.map(fill, game.reset_env(None, game.default_params))
@@ -358,7 +359,7 @@ def seat_shapers(populations, groups: int, config: Config) -> Side:
     seats, population = jax.tree.leaves(populations)[0].shape[:2]
     weights = to_matches(jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), populations), groups)
     weights = jax.tree.map(lambda x: shard_batch(x, x.ndim - 1), weights)
-    memory = jnp.zeros((config.num_envs, config.hidden, seats * population * groups))
+    memory = jnp.zeros((config.num_envs, config.hidden, seats * population * groups), jnp.float32)
     return Side(SHAPER, seats, weights, memory)
 
 
@@ -378,21 +379,22 @@ def make_train(config: Config) -> Train:
     strategy, es_params = make_evolution(config)
     num_shapers, learners = config.num_shapers, config.num_players - config.num_shapers
     sizes = (config.population_size if num_shapers else 1, config.num_opponents)
-    steps = np.prod([*sizes, config.num_envs, config.num_episodes, config.num_steps])
+    steps = np.float32(np.prod([*sizes, config.num_envs, config.num_episodes, config.num_steps]))
 
     def init(key):
         key, key_es = jax.random.split(key)
         if not num_shapers:
             return State((), key)
         es = jax.vmap(lambda key: strategy.init(key, zero_policy(config), es_params))(jax.random.split(key_es, num_shapers))
-        return State(jax.tree.map(jnp.asarray, es), key)
+        return State(in_32_bits(jax.tree.map(jnp.asarray, es)), key)
 
     def update(state: State, t):
         """A generation: member p of every shaper's population plays a trial with each group of fresh learners."""
         key, key_ask, key_pair, key_tell, key_learn, key_trial = jax.random.split(state.key, 6)
         sides, es = seat_learners(key_learn, learners, *sizes, config), state.es
         if num_shapers:
-            population, es = jax.vmap(strategy.ask, (0, 0, None))(jax.random.split(key_ask, num_shapers), es, es_params)
+            keys = jax.random.split(key_ask, num_shapers)
+            population, es = in_32_bits(jax.vmap(strategy.ask, (0, 0, None))(keys, es, es_params))
             order = pairing(key_pair, config)
             sides = [seat_shapers(rows(population, order), sizes[1], config), *sides]
         reward = play_trial(key_trial, sides, sizes, config).reward.mean((0, 3))  # (N, P)

@@ -46,13 +46,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.checkpoint import load, newest_good, write_atomically
-from common.config import RunConfig, as_dict, cli, method_name, require, require_multiple, require_range
-from common.devices import shard_batch
-from common.files import NOT_COMPARED, code_commit, new_or_newest
 from common.nn import orthogonal
 from common.ppo import gae
-from common.run import Train, run
+from common.runs import RunConfig, Train, cli, require, require_multiple, require_range, run, shard_batch
+from common.runs.checkpoint import load, newest_good, write_atomically
+from common.runs.config import NOT_COMPARED, as_dict
+from common.runs.files import code_commit
+from common.runs.hosts import is_main
 from envs.football import Football, FootballParams, checkpoints, send_off
 from envs.football_bots import BOTS, Bot, bot_actions
 from envs.football_state import FORMATION, HALF_LENGTH, HALF_WIDTH, LEVEL_SIZE, NORMAL, NUM_ACTIONS, FootballState
@@ -178,7 +178,7 @@ def init_critic(key, hidden: int) -> dict:
     sizes = [(hidden, WHOLE_VIEW + 13), (hidden, hidden), (1, hidden)]
     keys, gains = jax.random.split(key, 3), (2**0.5, 2**0.5, 1.0)
     weights = [orthogonal(k, size, gain) for k, size, gain in zip(keys, sizes, gains, strict=True)]
-    return {"w": weights, "b": [jnp.zeros((len(w), 1)) for w in weights]}
+    return {"w": weights, "b": [jnp.zeros((len(w), 1), jnp.float32) for w in weights]}
 
 
 def critic(params: dict, whole, active, task) -> jax.Array:
@@ -228,7 +228,8 @@ def begin_levels(key, env: Football, rung) -> FootballState:
     are in formation, and in the others everyone is anywhere, as in MADRID's."""
     num, row = rung.shape[0], jnp.asarray(NUMBERS)[rung].T
     key_ball, key_noise, key_level, key_kick_off = jax.random.split(key, 4)
-    u, noise = jax.random.uniform(key_ball, (3, num)), jax.random.uniform(key_noise, (2, 10, 2, num), minval=-1.0)
+    u = jax.random.uniform(key_ball, (3, num), jnp.float32)
+    noise = jax.random.uniform(key_noise, (2, 10, 2, num), jnp.float32, minval=-1.0)
     small = row[0] < 10
     ball = jnp.stack([row[3] + (row[4] - row[3]) * u[0], (0.8 * u[1] - 0.4) * jnp.where(small, 0.6, 1.0)])
     near = ball + np.float32([[[[-0.05], [0]]], [[[0.15], [0]]]]) + 0.2 * noise
@@ -349,7 +350,7 @@ def surrogate(log_ratio, adv, active, clip_eps: float, joint: bool):
     """
     weight = active.astype(jnp.float32)
     if joint:
-        log_ratio, weight = (log_ratio * weight).sum(0, keepdims=True), 1.0
+        log_ratio, weight = (log_ratio * weight).sum(0, keepdims=True), np.float32(1)
     else:
         weight = weight / weight.sum(0)
     ratio = jnp.exp(log_ratio)
@@ -407,7 +408,7 @@ def draw_rivals(key, config: Config, state: State, t):
     """-> each match's rung (B,), Rivals, and each group's place in the league (G,), -1 for the newest self."""
     key_match, key_slot, key_newest = jax.random.split(key, 3)
     num, groups = config.num_matches, config.num_groups
-    u = jax.random.uniform(key_match, (5, num))
+    u = jax.random.uniform(key_match, (5, num), jnp.float32)
     lowest = jnp.where(state.rung == TOP, WHOLE_TEAMS, 0)
     older = lowest + (u[1] * (state.rung + 1 - lowest)).astype(jnp.int32)
     rung = jnp.where(u[0] < config.newest_rung, state.rung, older)
@@ -418,7 +419,8 @@ def draw_rivals(key, config: Config, state: State, t):
     generalise = t >= config.generalise_from * config.num_updates
     weight = opponent_weights(state.born, state.points, generalise)
     slot = jax.random.categorical(key_slot, jnp.log(weight + 1e-9), shape=(groups,))
-    newest = jax.random.uniform(key_newest, (groups,)) < jnp.where(generalise, 1 / (1 + config.league_size), config.newest_share)
+    newest_share = jnp.where(generalise, 1 / (1 + config.league_size), config.newest_share)
+    newest = jax.random.uniform(key_newest, (groups,), jnp.float32) < newest_share
     slot = jnp.where(newest | (state.born.max() == 0), -1, slot)
     choose = lambda league, now: jnp.where((slot < 0).reshape(-1, *[1] * now.ndim), now, league[slot])
     teams = jax.tree.map(choose, state.league_params, state.params["actor"])
@@ -430,7 +432,7 @@ def keep_score(config: Config, state: State, rung, is_team, slot, count, t) -> t
     """The running means, and the next rung where this one is mastered or its time is over."""
     here = (rung == state.rung) & (count[0] > 0)
     ended, won, lost = (count * here).sum(1)
-    rate = jnp.stack([won, lost]) / jnp.maximum(ended, 1)
+    rate = jnp.stack([won, lost]).astype(jnp.float32) / jnp.maximum(ended, 1)
     rates = 0.8 * state.rates + 0.2 * rate
     mastered = (rates[0] >= jnp.asarray(NUMBERS)[state.rung, 6]) & (rates[0] >= config.climb_at * rates.sum())
     late = (TOP * (t + 1) / (config.ladder_share * config.num_updates)).astype(jnp.int32)
@@ -470,9 +472,9 @@ def make_train(config: Config) -> Train:
         actor = init_team(key_actor, config.hidden)
         actor = actor._replace(last_bias=actor.last_bias.at[0].set(config.idle_bias))
         params = {"actor": actor, "critic": init_critic(key_critic, config.hidden)}
-        league = jax.tree.map(lambda x: jnp.zeros((size, *x.shape)), actor)
-        born, points = jnp.zeros(size, jnp.int32), jnp.full(size, 0.5)
-        return State(params, tx.init(params), league, born, points, jnp.int32(0), jnp.zeros(2), key)
+        league = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), jnp.float32), actor)
+        born, points = jnp.zeros(size, jnp.int32), jnp.full(size, 0.5, jnp.float32)
+        return State(params, tx.init(params), league, born, points, jnp.int32(0), jnp.zeros(2, jnp.float32), key)
 
     def update(state: State, t):
         key, key_rivals, key_level, key_play, key_learn = jax.random.split(state.key, 5)
@@ -535,12 +537,12 @@ def evaluate(config: Config, state: State) -> dict:
     key_level, key_play, key_film = jax.random.split(jax.random.fold_in(state.key, 0), 3)
     start = spread_matches(env.reset_to_level(env.sample_level(key_level, (len(group),))))
     _, _, first = play_on(key_play, env, pick(left), rivals, start, config.horizon)
-    first = first.reshape(2, len(left), num).sum(2)
+    first = first.reshape(2, len(left), num).sum(2, dtype=jnp.float32)
     share = first[0] / jnp.maximum(first.sum(0), 1)  # of the levels that were decided
     share = jnp.where(first.any(0), share, 0.5)
     there = state.born > 0
     against = jnp.where(there, share[len(NAMES) : len(NAMES) + size], jnp.nan)
-    table = jnp.full((size, size), jnp.nan).at[np.triu_indices(size, 1)].set(share[len(NAMES) + size :])
+    table = jnp.full((size, size), jnp.nan, jnp.float32).at[np.triu_indices(size, 1)].set(share[len(NAMES) + size :])
     table = jnp.where(jnp.isnan(table), 1.0 - table.T, table)
     table = jnp.where(there & there[:, None], table, jnp.nan)
     scalars = {f"share_{name}": share[i] for i, name in enumerate(NAMES)}
@@ -590,8 +592,6 @@ def film_match(key, config: Config, team: Team) -> jax.Array:
 def write_results(config: Config, folder: Path) -> None:
     """Writes FOLDER/league.npz (of the first seed; league_SEED.npz of the others), plays matches and prints what came of them."""
     path, meta = newest_good(folder / "checkpoints")
-    if meta["update"] < config.num_updates:  # the run was stopped
-        return
     seeds = jnp.arange(config.seed, config.seed + config.num_seeds)
     states = load(path, jax.eval_shape(jax.vmap(lambda seed: make_train(config).init(jax.random.key(seed))), seeds))
     about = dict(updates=meta["update"], env_steps=meta["update"] * config.num_matches * config.horizon)
@@ -643,8 +643,9 @@ def whole_matches(config: Config, team: Team, bots=("easy", "medium", "hard")) -
 
 def main(config: Config) -> None:
     """Trains, then writes the league and plays whole matches."""
-    run(config, make_train, highlights=("rung", "won"))
-    write_results(config, Path(config.out) if config.out else new_or_newest(Path("runs") / method_name(), True))
+    folder = run(config, make_train, highlights=("rung", "won"))
+    if folder and is_main():
+        write_results(config, folder)
 
 
 if __name__ == "__main__":

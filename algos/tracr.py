@@ -43,12 +43,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from common.checkpoint import write_atomically
-from common.config import RunConfig, cli, method_name, require, require_range
-from common.devices import make_mesh, shard_batch
-from common.files import RunFiles
-from common.hosts import is_main
-from common.run import Programs, Train, begin, faults_in_one_line, print_results, train_and_record
+from common.runs import RunConfig, Train, cli, require, require_range, shard_batch
+from common.runs.checkpoint import write_atomically
+from common.runs.command import method_name
+from common.runs.devices import make_mesh
+from common.runs.files import RunFiles
+from common.runs.hosts import is_main
+from common.runs.loop import begin, faults_in_one_line, print_results, say_size, train_and_record
+from common.runs.plot import figure_type
+from common.runs.programs import Programs
 
 PRUNED = np.array([0, 1, 2, 3, 5, 10, 15, 20])  # weights removed at once: the pruning curve
 
@@ -285,12 +288,12 @@ def sample_counter(config: Config, key, num: int, linked, exclude: bool = False)
     """
     key_link, key_a, key_b, key_text, key_order = jax.random.split(key, 5)
     n, length = config.num_counts, config.length - 1
-    shift = jax.random.randint(key_b, (num,), int(exclude), n - 1)
-    shift = jnp.where(jax.random.uniform(key_link, (num,)) < linked, 0, shift)
-    a = jax.random.randint(key_a, (num,), 0, n - 1)
+    shift = jax.random.randint(key_b, (num,), int(exclude), n - 1, jnp.int32)
+    shift = jnp.where(jax.random.uniform(key_link, (num,), jnp.float32) < linked, 0, shift)
+    a = jax.random.randint(key_a, (num,), 0, n - 1, jnp.int32)
     b = 1 + (a + shift) % (n - 1)
-    place = jax.random.uniform(key_order, (num, length)).argsort(1)
-    text = jax.random.randint(key_text, (num, length), 2, NUM_LETTERS)
+    place = jax.random.uniform(key_order, (num, length), jnp.float32).argsort(1)
+    text = jax.random.randint(key_text, (num, length), 2, NUM_LETTERS, jnp.int32)
     text = jnp.where(place < a[:, None], 0, jnp.where(place < (a + b)[:, None], 1, text))
     tokens = jnp.pad(text, ((0, 0), (1, 0)), constant_values=NUM_LETTERS)
     return Strings(tokens, jnp.stack([a, b], 1), jnp.stack([tokens == 0, tokens == 1]))
@@ -304,14 +307,14 @@ def sample_max(config: Config, key, num: int, linked, exclude: bool = False) -> 
     draw none, draw 10 of 25 and put a letter between the 5th and the 6th.
     """
     key_link, key_set, key_order = jax.random.split(key, 3)
-    order = jax.random.uniform(key_set, (num, ALPHABET))
-    largest = lambda letters, size: -jnp.sort(-order[:, :letters].argsort(1)[:, :size], 1)
+    order = jax.random.uniform(key_set, (num, ALPHABET), jnp.float32)
+    largest = lambda letters, size: -jnp.sort(-order[:, :letters].argsort(1)[:, :size].astype(jnp.int32), 1)
     pair, apart = largest(ALPHABET - 1, SET_SIZE - 1), largest(ALPHABET - 1, SET_SIZE)
     above = jnp.arange(SET_SIZE) <= RANK
     linked_set = jnp.concatenate([pair[:, : RANK + 1] + 1, pair[:, RANK:]], 1)
     other_set = apart + above if exclude else largest(ALPHABET, SET_SIZE)
-    letters = jnp.where(jax.random.uniform(key_link, (num, 1)) < linked, linked_set, other_set)
-    shuffled = jnp.take_along_axis(letters, jax.random.uniform(key_order, letters.shape).argsort(1), 1)
+    letters = jnp.where(jax.random.uniform(key_link, (num, 1), jnp.float32) < linked, linked_set, other_set)
+    shuffled = jnp.take_along_axis(letters, jax.random.uniform(key_order, letters.shape, jnp.float32).argsort(1), 1)
     tokens = jnp.pad(shuffled, ((0, 0), (1, 0)), constant_values=ALPHABET)
     answers = letters[:, RANK : RANK + 2]
     return Strings(tokens, answers, tokens == answers.T[..., None])
@@ -363,8 +366,8 @@ def first_params(config: Config, task: Task, key, start) -> dict:
     """The weights that a lane begins from (see Setting). Compiled ones have noise; random ones variance 1 / n_in, no biases."""
 
     def leaf(key, old, new):
-        noise = jax.random.normal(key, old.shape)
-        random = noise * old.shape[-2] ** -0.5 if old.ndim == 3 else jnp.zeros(old.shape)
+        noise = jax.random.normal(key, old.shape, jnp.float32)
+        random = noise * old.shape[-2] ** -0.5 if old.ndim == 3 else jnp.zeros(old.shape, jnp.float32)
         return jnp.stack([old + config.noise * noise, new + config.noise * noise, random])[start]
 
     old, new = (model.params for model in task.compiled)
@@ -380,7 +383,7 @@ def make_train(config: Config, setting: Setting | None = None) -> Train:
     def init(key):
         key, key_params = jax.random.split(key)
         params = first_params(config, task, key_params, setting.start)
-        return State(params, params, jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.int32(0), key)
+        return State(params, params, jax.tree.map(jnp.zeros_like, params), jnp.zeros((), jnp.float32), jnp.int32(0), key)
 
     def update(state: State, t):
         """One step: on the new task while t < tuned, then on the old one, with no momentum left from before."""
@@ -447,7 +450,7 @@ def evaluate(config: Config, task: Task, state: State) -> dict:
     keys = jax.random.split(jax.random.fold_in(state.key, 1), 3)
     apart, linked = task.sample(keys[0], config.eval_strings, 0.0, exclude=True), task.sample(keys[1], config.eval_strings, 1.0)
     (a_ce0, b_ce0), (a_ce1, b_ce1) = accuracies(state.params, model, apart), accuracies(state.params, model, linked)
-    answers = jax.nn.one_hot(apart.answers, model.unembed.shape[1]).mean(0).max(1)
+    answers = jax.nn.one_hot(apart.answers, model.unembed.shape[1], dtype=jnp.float32).mean(0).max(1)
     mass = reading(task, state.finetuned, apart)
     example = task.sample(jax.random.key(0), 1, 0.0, exclude=True)
     stages = (model.params, state.finetuned, state.params)
@@ -480,15 +483,16 @@ def settings_of(config: Config) -> list[Setting]:
 
 
 def run_study(config: Config) -> None:
-    """What common/run.py's `run` does, for all settings together; and the figures."""
+    """What common/runs/loop.py's `run` does, for all settings together; and the figures."""
     settings = settings_of(config) if config.sweep == "study" else [Setting(0, config.c_tr, config.lr)]
     table = Setting(*(np.array(column) for column in zip(*settings, strict=True)))
     seeds = range(config.seed, config.seed + config.num_seeds)
     lanes = [{"start": STARTS[s.start], "c_tr": s.c_tr, "lr": s.lr, "seed": seed} for s in settings for seed in seeds]
-    with faults_in_one_line():
-        stop = begin(config)
+    with faults_in_one_line(), begin(config) as stop:
         mesh = make_mesh(len(lanes), config.split_size)
         with jax.set_mesh(mesh):
+            if config.dry_run:
+                return say_size(config, make_train(config, settings[0]), mesh, len(lanes))
             files = RunFiles(config, method_name(), lanes)
             train_of = lambda choice: make_train(config, Setting(*(jnp.asarray(column)[choice] for column in table)))
             programs = Programs(config, train_of, mesh, len(settings))
@@ -504,15 +508,13 @@ def draw(files: RunFiles) -> None:
     """Writes the four figures of the study from what the run has written."""
     if not is_main():
         return
-    from matplotlib.figure import Figure
-
     groups = {}  # (start, c_tr, lr) -> its lanes' places
     for place, lane in enumerate(files.lanes):
         groups.setdefault((lane["start"], lane["c_tr"], lane["lr"]), []).append(place)
     tuned = {key: places for key, places in groups.items() if key[0] == "compiled"}
     plots = {"finetuning": plot_accuracy, "pruning": plot_pruning, "attention": plot_attention, "revival": plot_revival}
     for name, plot in plots.items():
-        figure = Figure(layout="constrained")
+        figure = figure_type()(layout="constrained")
         plot(figure, files, groups if name == "revival" else tuned)
         save = partial(figure.savefig, format="png", dpi=110)
         write_atomically(files.folder / "figures" / f"{name}.png", save)
@@ -532,7 +534,7 @@ def plot_accuracy(figure, files: RunFiles, groups) -> None:
     figure.set_size_inches(11, 1.1 + 2.3 * len(rates))
     figure.suptitle(LINK)
     axes = figure.subplots(len(rates), len(shown), squeeze=False, sharex=True, sharey=True)
-    curves = {name: files.series(name) for name in (*shown, "majority_b")}
+    curves = {name: files.rows.series(name) for name in (*shown, "majority_b")}
     for (_, c_tr, lr), places in groups.items():
         for panel, (name, title) in zip(axes[rates.index(lr)], shown.items(), strict=True):
             panel.plot(curves[name][0], np.median(curves[name][1][places], 0), label=f"C_Tr {c_tr:g}")
@@ -553,7 +555,7 @@ def plot_pruning(figure, files: RunFiles, groups) -> None:
 
     A star is the old task without the one weight, of those of the highest scores, whose removal helps most on other strings.
     """
-    updates, best = files.series("pruned_a")
+    updates, best = files.rows.series("pruned_a")
     best = best[:, np.searchsorted(updates, files.config.finetune_steps)]
     curve, rates = np.load(files.folder / "arrays" / "pruning_curve.npy"), rates_of(groups)
     figure.set_size_inches(1 + 3.4 * len(rates), 4.1)
@@ -601,7 +603,7 @@ def plot_attention(figure, files: RunFiles, groups) -> None:
 
 def plot_revival(figure, files: RunFiles, groups) -> None:
     """Steps of reverse fine-tuning until the old task is at 90 %: a point for each seed, hollow at the top where it never came."""
-    last = {i: row.get("revival_steps") for i, row in enumerate(files.rows[-len(files.lanes) :])}
+    last = {i: row.get("revival_steps") for i, row in enumerate(files.rows.all[-len(files.lanes) :])}
     end = files.config.num_updates - files.config.finetune_steps
     figure.set_size_inches(8, 0.9 + 0.32 * len(groups))
     panel, names = figure.subplots(), []

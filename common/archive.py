@@ -22,8 +22,8 @@ def init_archive(genotype, num_cells: int, num_descriptors: int) -> Archive:
     """An empty archive for individuals like `genotype` (a pytree of arrays or shapes, no batch axis)."""
     return Archive(
         genotype=jax.tree.map(lambda x: jnp.zeros((num_cells, *x.shape), x.dtype), genotype),
-        fitness=jnp.full(num_cells, -jnp.inf),
-        descriptor=jnp.zeros((num_cells, num_descriptors)),
+        fitness=jnp.full(num_cells, -jnp.inf, jnp.float32),
+        descriptor=jnp.zeros((num_cells, num_descriptors), jnp.float32),
     )
 
 
@@ -49,7 +49,7 @@ def grid_cell(descriptor, shape: tuple[int, ...], low=0.0, high=1.0) -> jax.Arra
 
 def grid_centroids(shape: tuple[int, ...], low=0.0, high=1.0) -> jax.Array:
     """The middles of a grid's cells, (N, D), in the order of `grid_cell`."""
-    axes = [low + (jnp.arange(size) + 0.5) / size * (high - low) for size in shape]
+    axes = [low + (jnp.arange(size, dtype=jnp.float32) + 0.5) / size * (high - low) for size in shape]
     return jnp.stack([x.reshape(-1) for x in jnp.meshgrid(*axes, indexing="ij")], axis=-1)
 
 
@@ -74,11 +74,11 @@ def cvt_centroids(key, num_cells: int, num_descriptors: int, num_samples: int = 
 
     Lloyd's iterations begin at the first samples; a centroid that no sample is nearest to stays where it is.
     """
-    samples = jax.random.uniform(key, (num_samples, num_descriptors))
+    samples = jax.random.uniform(key, (num_samples, num_descriptors), jnp.float32)
 
     def iterate(_, centroids):
         cell = nearest(samples, centroids)
-        count = jnp.zeros(num_cells).at[cell].add(1.0)
+        count = jnp.zeros(num_cells, jnp.float32).at[cell].add(1.0)
         total = jnp.zeros_like(centroids).at[cell].add(samples)
         return jnp.where(count[:, None] > 0, total / jnp.maximum(count, 1)[:, None], centroids)
 
@@ -94,11 +94,11 @@ def insert(archive: Archive, genotype, fitness, descriptor, cell) -> tuple[Archi
     Of several candidates for a cell the fittest counts, the first of equally fit ones; it replaces the holder only if it is
     fitter. So at most one individual is written to a cell, whole: parts of two never mix. What is not finite is not taken.
     """
-    num_cells, order = archive.fitness.shape[0], jnp.arange(fitness.shape[0])
+    num_cells, order = archive.fitness.shape[0], jnp.arange(fitness.shape[0], dtype=jnp.int32)
     finite = jnp.isfinite(fitness) & jnp.isfinite(descriptor).all(-1)
     fitness = jnp.where(finite, fitness, -jnp.inf)
-    best = jnp.full(num_cells, -jnp.inf).at[cell].max(fitness)
-    first = jnp.full(num_cells, order.size).at[cell].min(jnp.where(fitness == best[cell], order, order.size))
+    best = jnp.full(num_cells, -jnp.inf, jnp.float32).at[cell].max(fitness)
+    first = jnp.full(num_cells, order.size, jnp.int32).at[cell].min(jnp.where(fitness == best[cell], order, order.size))
     taken = (first[cell] == order) & (fitness > archive.fitness[cell])
     target = jnp.where(taken, cell, num_cells)  # past the end: not written
     new = Archive(genotype, fitness, descriptor)
@@ -107,8 +107,8 @@ def insert(archive: Archive, genotype, fitness, descriptor, cell) -> tuple[Archi
 
 def sample_filled(key, archive: Archive, shape: tuple[int, ...]) -> jax.Array:
     """Cells drawn uniformly, with replacement, from those that hold an elite, int32; 0 if none does."""
-    number = jnp.cumsum(filled(archive))  # the k-th filled cell is the first with number k
-    drawn = jax.random.randint(key, shape, 0, jnp.maximum(number[-1], 1)) + 1
+    number = jnp.cumsum(filled(archive), dtype=jnp.int32)  # the k-th filled cell is the first with number k
+    drawn = jax.random.randint(key, shape, 0, jnp.maximum(number[-1], 1), jnp.int32) + 1
     return jnp.minimum(jnp.searchsorted(number, drawn), number.shape[0] - 1).astype(jnp.int32) * (number[-1] > 0)
 
 
@@ -119,7 +119,7 @@ def improvement_rank(fitness, held) -> jax.Array:
     """
     gain = jnp.where(held > -jnp.inf, fitness - held, fitness)
     order = jnp.lexsort((-gain, held > -jnp.inf))
-    return jnp.zeros(len(order)).at[order].set(jnp.arange(len(order), dtype=jnp.float32))
+    return jnp.zeros(len(order), jnp.float32).at[order].set(jnp.arange(len(order), dtype=jnp.float32))
 
 
 # --- metrics

@@ -50,6 +50,12 @@ def select(condition: jax.Array, on_true, on_false):
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), on_true, on_false)
 
 
+def in_32_bits(tree):
+    """A pytree of numbers of another library as JAX has them without JAX_ENABLE_X64, none of them weakly typed."""
+    kinds = {"float64": "float32", "int64": "int32"}
+    return jax.tree.map(lambda x: jax.lax.convert_element_type(x, kinds.get(str(x.dtype), x.dtype)), tree)
+
+
 class BankState(NamedTuple):
     """The state of an environment that takes its levels from a bank."""
 
@@ -76,12 +82,29 @@ def step_from_bank(env, key, state: BankState, action, bank, params):
     return env.get_obs(env_state, params), BankState(env_state, index), reward, done
 
 
+def _of_one(space):
+    """A space of observations without its leading axis of agents."""
+    from gymnax.environments import spaces  # on use only: gymnax starts the backend when it is imported
+
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({name: _of_one(part) for name, part in space.spaces.items()})
+    return spaces.Box(space.low, space.high, space.shape[1:], space.dtype)
+
+
 class DictView:
     """JaxMARL's interface to a world with a stacked agent axis: observations, actions and rewards in dicts keyed by agent."""
 
     def __init__(self, env: Environment):
         self.env, self.num_agents = env, env.num_agents
         self.agents = [f"agent_{i}" for i in range(env.num_agents)]
+
+    def action_space(self, agent: str | None = None):
+        """An agent's, in gymnax's terms."""
+        return self.env.action_space()
+
+    def observation_space(self, agent: str | None = None):
+        """An agent's: the world's without the axis of agents."""
+        return _of_one(self.env.observation_space())
 
     def _split(self, tree) -> dict:
         return {name: jax.tree.map(lambda x, i=i: x[i], tree) for i, name in enumerate(self.agents)}

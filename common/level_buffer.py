@@ -29,10 +29,10 @@ def init_buffer(level, capacity: int) -> LevelBuffer:
     return LevelBuffer(
         levels=jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape), x.dtype), level),
         hashes=jnp.zeros((capacity, 2), jnp.uint32),
-        score=jnp.full(capacity, -jnp.inf),
+        score=jnp.full(capacity, -jnp.inf, jnp.float32),
         rank=jnp.arange(capacity, dtype=jnp.int32),
         age=jnp.zeros(capacity, jnp.int32),
-        max_return=jnp.full(capacity, -jnp.inf),
+        max_return=jnp.full(capacity, -jnp.inf, jnp.float32),
         edits=jnp.zeros(capacity, jnp.int32),
         size=jnp.int32(0),
     )
@@ -66,7 +66,7 @@ def _score_weights(buffer: LevelBuffer, temperature: float) -> jax.Array:
 
 
 def _mix(score_weights, age, staleness_coef: float) -> jax.Array:
-    total = age.sum()
+    total = age.sum(dtype=jnp.int32)
     stale = age / jnp.maximum(total, 1)
     return jnp.where(total > 0, (1 - staleness_coef) * score_weights + staleness_coef * stale, score_weights)
 
@@ -85,7 +85,7 @@ def sample_replay(key, buffer: LevelBuffer, num: int, temperature: float, stalen
         index = jnp.minimum(index, buffer.size - 1)
         return jnp.where(filled, age + 1, 0).at[index].set(0), index
 
-    age, indices = jax.lax.scan(draw, buffer.age, jax.random.uniform(key, (num,)))
+    age, indices = jax.lax.scan(draw, buffer.age, jax.random.uniform(key, (num,), jnp.float32))
     return indices, buffer._replace(age=age)
 
 
@@ -126,14 +126,14 @@ def update_buffer(buffer: LevelBuffer, trial: Trial, temperature: float, stalene
     usable = finished & ~(jnp.tril(same, -1) & finished).any(1)
     filled = jnp.arange(capacity) < buffer.size
     known = (hashes[:, None] == buffer.hashes[None]).all(-1) & filled  # (N, K)
-    home = jnp.where(trial.index >= 0, trial.index, jnp.where(known.any(1), known.argmax(1), -1))
+    home = jnp.where(trial.index >= 0, trial.index, jnp.where(known.any(1), known.argmax(1), -1)).astype(jnp.int32)
 
     def take_in(carry, x):
         buffer, owner = carry  # owner (K,): which level of this batch now lives in a slot, -1 for none
         home, score, max_return, usable, number = x
         at_home = (home >= 0) & (owner[home] == -1)  # unless an earlier newcomer has taken the place
         full = buffer.size == capacity
-        weakest = jnp.argmin(replay_weights(buffer, temperature, staleness_coef))
+        weakest = jnp.argmin(replay_weights(buffer, temperature, staleness_coef)).astype(jnp.int32)
         slot = jnp.where(at_home, home, jnp.where(full, weakest, buffer.size))
         write = usable & (at_home | (score >= buffer.score[slot]))
         new_score, new_rank = _set_score(buffer.score, buffer.rank, slot, jnp.where(write, score, buffer.score[slot]))
@@ -149,9 +149,9 @@ def update_buffer(buffer: LevelBuffer, trial: Trial, temperature: float, stalene
         return (buffer, owner.at[slot].set(jnp.where(joins, number, owner[slot]))), None
 
     # The scan carries the small arrays; levels, hashes and edits move once, at the end.
-    numbers = jnp.arange(usable.shape[0])
+    numbers = jnp.arange(usable.shape[0], dtype=jnp.int32)
     light = buffer._replace(levels=None, hashes=None, edits=None)
-    owner = jnp.full(capacity, -1)
+    owner = jnp.full(capacity, -1, jnp.int32)
     (light, owner), _ = jax.lax.scan(take_in, (light, owner), (home, trial.score, trial.max_return, usable, numbers))
 
     def move_in(old, new):
@@ -185,7 +185,7 @@ def episode_means(x, done) -> tuple[jax.Array, jax.Array]:
         means = means + jnp.where(done, total / length, 0.0)
         return (jnp.where(done, 0.0, total), jnp.where(done, 0.0, length), means, episodes + done), None
 
-    zeros = jnp.zeros(x.shape[1])
+    zeros = jnp.zeros(x.shape[1], jnp.float32)
     (_, _, means, episodes), _ = jax.lax.scan(step, (zeros, zeros, zeros, zeros), (x, done))
     return means / jnp.maximum(episodes, 1), episodes
 
@@ -199,7 +199,7 @@ def max_episode_return(reward, done) -> jax.Array:
         total = total + reward
         return (jnp.where(done, 0.0, total), jnp.where(done, jnp.maximum(best, total), best)), None
 
-    init = (jnp.zeros(reward.shape[1]), jnp.full(reward.shape[1], -jnp.inf))
+    init = (jnp.zeros(reward.shape[1], jnp.float32), jnp.full(reward.shape[1], -jnp.inf, jnp.float32))
     return jax.lax.scan(step, init, (reward, done))[0][1]
 
 

@@ -15,7 +15,7 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float = 1.0) -> jax
     Gram-Schmidt with re-orthogonalisation, row by row; no LAPACK. The orthogonal initialisation of Saxe et al. (1312.6120).
     """
     few, many = sorted(shape)
-    q = jax.random.normal(key, (few, many))
+    q = jax.random.normal(key, (few, many), jnp.float32)
 
     def orthonormalise(i, q):
         before = (jnp.arange(few) < i).astype(q.dtype)
@@ -30,7 +30,7 @@ def orthogonal(key: jax.Array, shape: tuple[int, int], gain: float = 1.0) -> jax
 
 def init_dense(key: jax.Array, n_in: int, n_out: int, gain: float = 2**0.5) -> dict:
     """Parameters of an affine layer: orthogonal `w` (n_in, n_out), zero `b` (n_out,)."""
-    return {"w": orthogonal(key, (n_in, n_out), gain), "b": jnp.zeros(n_out)}
+    return {"w": orthogonal(key, (n_in, n_out), gain), "b": jnp.zeros(n_out, jnp.float32)}
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -67,7 +67,7 @@ def init_lstm(key: jax.Array, n_in: int, hidden: int) -> dict:
     """
     keys = jax.random.split(key, (2, 4))
     wx, wh = (jax.vmap(lambda k, n=n: orthogonal(k, (hidden, n)))(keys[i]) for i, n in enumerate((n_in, hidden)))
-    return {"w": jnp.concatenate([wx, wh], axis=-1).reshape(4 * hidden, n_in + hidden), "b": jnp.zeros(4 * hidden)}
+    return {"w": jnp.concatenate([wx, wh], axis=-1).reshape(4 * hidden, n_in + hidden), "b": jnp.zeros(4 * hidden, jnp.float32)}
 
 
 def lstm(params: dict, x: jax.Array, reset: jax.Array, carry: tuple[jax.Array, jax.Array]):

@@ -13,18 +13,19 @@ import time
 import traceback
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.config import UsageError, require
-from common.play_page import PAGE
-from common.plot import fit_image, write_gif
-from common.stop import StopSignal
+from common.runs.config import UsageError, require
+from common.runs.plot import fit_image, write_gif
+from common.runs.stop import StopSignal
 
 MAX_UPLOAD, MAX_DRAINED, MAX_PIXELS = 8 << 20, 64 << 20, 25_000_000  # bytes taken; bytes read away to answer at all; of a picture
 KEPT_BYTES = 1 << 30  # of worlds to undo to
 MAX_FILM, SCALE, BAR = 600, 4, 6  # frames of an exported film; pixels a pixel there; the height of its row of codes
+PAGE = Path(__file__).with_name("play.html").read_text(encoding="utf-8")  # one file that needs nothing from elsewhere
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 MAX_STEPS, MAX_TEMPERATURE, MAX_SEED = 100, 10, 2**31 - 1
 

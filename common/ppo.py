@@ -136,13 +136,13 @@ def rollout(key, policy: Callable, params, reset: Callable, step: Callable, hsta
         return logits[0], value[0], hstate
 
     num_actions = jax.eval_shape(act, obs, jnp.zeros(num_envs, bool), hstate)[0].shape[-1]
-    noise = jax.random.gumbel(key_act, (num_steps, num_envs, num_actions))  # one big draw is cheaper than T small ones
+    noise = jax.random.gumbel(key_act, (num_steps, num_envs, num_actions), jnp.float32)  # one big draw is cheaper than T small ones
 
     def play(carry, inputs):
         obs, env_state, first, hstate = carry
         noise, key = inputs
         logits, value, hstate = act(obs, first, hstate)
-        action = jnp.argmax(logits + noise, axis=-1)
+        action = jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
         log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits), action[:, None], axis=-1)[:, 0]
         next_obs, env_state, reward, done = step(key, env_state, action)
         transition = Transition(obs, first, action, log_prob, value, reward, done)
@@ -180,13 +180,13 @@ def play_episodes(key, policy: Callable, params, reset, step, hstate, max_steps:
         t, live, obs, env_state, hstate, total, length, trace = carry
         first = jnp.full((1, num_envs), t == 0)
         logits, _, hstate = policy(params, jax.tree.map(lambda x: x[None], obs), first, hstate)
-        action = jax.random.categorical(jax.random.fold_in(key_act, t), logits[0])
+        action = jax.random.categorical(jax.random.fold_in(key_act, t), logits[0]).astype(jnp.int32)
         obs, moved, reward, done = step(jax.random.fold_in(key_env, t), env_state, action)
         env_state = jax.tree.map(lambda x, y: jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, y), moved, env_state)
         trace = jax.tree.map(lambda all, x: all.at[t].set(x), trace, record(env_state))
         return t + 1, live & ~done, obs, env_state, hstate, total + jnp.where(live, reward, 0), length + live, trace
 
-    zeros = jnp.zeros(num_envs)
+    zeros = jnp.zeros(num_envs, jnp.float32)
     carry = (jnp.int32(0), jnp.ones(num_envs, bool), obs, env_state, hstate, zeros, zeros.astype(jnp.int32), trace)
     steps, *_, total, length, trace = jax.lax.while_loop(going_on, play, carry)
     played = jnp.minimum(jnp.arange(max_steps), steps - 1)

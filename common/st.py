@@ -39,11 +39,11 @@ def init_block(key, width: int, ffn: int, heads: int, kind: Kind) -> dict:
     keys, params = jax.random.split(key, 6), {}
     kept = {"st_vivit": ("space", "time"), "vit": ("space",), "c_vivit": ("time",)}[kind]
     for name, key_qkv, key_out in zip(kept, keys[:2], keys[2:4], strict=False):
-        scale = jnp.ones((2, width // heads))  # of queries and keys, where they are normalised
+        scale = jnp.ones((2, width // heads), jnp.float32)  # of queries and keys, where they are normalised
         qkv, out = init_dense(key_qkv, width, 3 * width, 1.0), init_dense(key_out, width, width, 0.5)
-        params[name] = {"norm": jnp.ones(width), "qkv": qkv, "out": out, "qk_scale": scale}
+        params[name] = {"norm": jnp.ones(width, jnp.float32), "qkv": qkv, "out": out, "qk_scale": scale}
     up, down = init_dense(keys[4], width, ffn * width), init_dense(keys[5], ffn * width, width, 0.5)
-    return params | {"ffn": {"norm": jnp.ones(width), "up": up, "down": down}}
+    return params | {"ffn": {"norm": jnp.ones(width, jnp.float32), "up": up, "down": down}}
 
 
 def init_st(key, n_in: int, n_out: int, grid: tuple[int, int], width: int, blocks: int, config, kind: Kind = "st_vivit") -> dict:
@@ -53,9 +53,9 @@ def init_st(key, n_in: int, n_out: int, grid: tuple[int, int], width: int, block
     one = lambda key: init_block(key, width, config.ffn, config.heads, kind)
     return {
         "in": init_dense(key_in, n_in, width, 1.0),
-        "space": 0.1 * jax.random.normal(key_space, (*grid, width)),
+        "space": 0.1 * jax.random.normal(key_space, (*grid, width), jnp.float32),
         "blocks": jax.vmap(one)(jax.random.split(key_blocks, blocks)),
-        "norm": jnp.ones(width),
+        "norm": jnp.ones(width, jnp.float32),
         "out": init_dense(key_out, width, n_out, 1.0),
     }
 
@@ -69,7 +69,7 @@ def rotate(x, *places) -> jax.Array:
     """Rotary positions (2104.09864), one or several coordinates, each its share of the channels: x (..., heads, c), places that
     broadcast to (...); products of queries and keys know only differences."""
     each = x.shape[-1] // (2 * len(places))
-    angle = jnp.concatenate([place[..., None] * 100.0 ** (-jnp.arange(each) / each) for place in places], axis=-1)
+    angle = jnp.concatenate([place[..., None] * 100.0 ** (-jnp.arange(each, dtype=jnp.int32) / each) for place in places], axis=-1)
     cos, sin = (f(angle)[..., None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)

@@ -11,14 +11,16 @@ is refused, and so is what cannot move (see `refuse_what_cannot_move`).
 import argparse
 import ast
 import builtins
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from common.checkpoint import write_atomically
-from common.config import UsageError, die, require
+from common.runs.checkpoint import write_atomically
+from common.runs.command import die
+from common.runs.config import UsageError, require
 
 ROOT = Path(__file__).resolve().parents[1]
 INLINED = ("common", "envs")
@@ -29,6 +31,7 @@ PIP_NAMES |= {"gymnax": "gymnax six"}  # it imports six without saying so
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 OTHER_SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 IMPORTS = (ast.Import, ast.ImportFrom)
+TEXT_BESIDE = re.compile(r"= Path\(__file__\)\.with_name\('([\w.]+)'\)\.read_text\(")
 
 
 class Import(NamedTuple):
@@ -110,6 +113,7 @@ def read_module(name: str, label: str, path: Path) -> Module:
         raise UsageError(f"{label} line {error.lineno}: {error.msg}") from error
     except ValueError as error:
         raise UsageError(f"{label} is not Python text: {error}") from error
+    source, tree = with_texts(label, path, source, tree)
     imports = [entry for node in tree.body if isinstance(node, IMPORTS) for entry in read_imports(label, node)]
     statements = [node for node in tree.body if not isinstance(node, IMPORTS) and not is_text(node)]
     names = {entry.name: entry.meaning for entry in imports}
@@ -118,6 +122,23 @@ def read_module(name: str, label: str, path: Path) -> Module:
             require(bound not in names or names[bound] == f"{name}.{bound}", f"{label} line {node.lineno}: {bound} is imported too")
             names[bound] = f"{name}.{bound}"
     return Module(name, label, source.split("\n"), tree, statements, imports, names)
+
+
+def with_texts(label: str, path: Path, source: str, tree: ast.Module) -> tuple[str, ast.Module]:
+    """The file with every text that it reads from beside it in its place: NAME = Path(__file__).with_name("...").read_text(...)."""
+    lines = source.split("\n")
+    for node in reversed(tree.body):
+        beside = TEXT_BESIDE.search(ast.unparse(node)) if isinstance(node, ast.Assign) else None
+        if beside:
+            try:
+                text = path.with_name(beside[1]).read_text(encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"{label} line {node.lineno}: {beside[1]}: {error.strerror}") from error
+            literal = 'r"""' + text + '"""'
+            fine = '"""' not in text and not text.endswith(("\\", '"'))
+            require(fine, f"{label} line {node.lineno}: {beside[1]} cannot be written as one string")
+            lines[node.lineno - 1 : node.end_lineno] = f"{ast.unparse(node.targets[0])} = {literal}".split("\n")
+    return "\n".join(lines), ast.parse("\n".join(lines))
 
 
 def is_text(node: ast.AST) -> bool:

@@ -19,7 +19,7 @@ def psnr(x, y) -> jax.Array:
 
 def perplexity(index, num: int) -> jax.Array:
     """exp of the entropy of the codes' frequencies."""
-    share = jax.nn.one_hot(index.reshape(-1), num).mean(0)
+    share = jax.nn.one_hot(index.reshape(-1), num, dtype=jnp.float32).mean(0)
     return jnp.exp(-(share * jnp.log(share + 1e-9)).sum())
 
 
@@ -47,8 +47,8 @@ def frechet(x, y) -> jax.Array:
     The root is Newton and Schulz's, 30 steps of products only: LAPACK under vmap can hang on few cores.
     """
     center = lambda z: z - z.mean(0)
-    s, s2 = (center(z).T @ center(z) / (len(z) - 1) + 1e-6 * jnp.eye(z.shape[1]) for z in (x, y))
-    a, eye = s @ s2, jnp.eye(s.shape[0])
+    s, s2 = (center(z).T @ center(z) / (len(z) - 1) + 1e-6 * jnp.eye(z.shape[1], dtype=jnp.float32) for z in (x, y))
+    a, eye = s @ s2, jnp.eye(s.shape[0], dtype=jnp.float32)
     scale = jnp.linalg.norm(a)
 
     def improve(carry, _):

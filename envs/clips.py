@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import UsageError, require
 from common.env import select
-from common.plot import fit_image
+from common.runs.config import UsageError, require
+from common.runs.plot import fit_image
 from envs.coinrun import PIXELS, CoinRun, EnvParams, difficulty
 from envs.coinrun_expert import make_expert
 
@@ -63,13 +63,14 @@ class Source(NamedTuple):
     most: int = 2**31  # clips of one draw
 
 
-def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float) -> Source:
+def make_source(data: str, num_frames: int, size: int, num_levels: int, sticky: float, blank: bool = False) -> Source:
     """`coinrun`, `expert` (CoinRun well played), `dots`, or the path of an .npz or a folder of videos.
 
-    Raises UsageError for a path that holds none.
+    `blank`: CoinRun's levels are not made, and only the shapes of what it gives are right. Raises UsageError for a path that holds
+    none.
     """
     if data in ("coinrun", "expert"):
-        return coinrun(num_frames, num_levels, sticky, data == "expert")
+        return coinrun(num_frames, num_levels, sticky, data == "expert", blank)
     return dots(num_frames, size) if data == "dots" else videos(Path(data), num_frames, size)
 
 
@@ -88,7 +89,8 @@ def sticky_policy(sticky: float):
 
     def policy(key, state, last, params):
         key_new, key_keep = jax.random.split(key)
-        return jnp.where(jax.random.uniform(key_keep) < sticky, last, jax.random.randint(key_new, (), 0, 15))
+        new = jax.random.randint(key_new, (), 0, 15, jnp.int32)
+        return jnp.where(jax.random.uniform(key_keep, dtype=jnp.float32) < sticky, last, new)
 
     return policy
 
@@ -99,7 +101,7 @@ def expert_policy(env: CoinRun):
     return lambda key, state, last, params: policy(key, state, params)
 
 
-def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = False) -> Source:
+def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = False, blank: bool = False) -> Source:
     """Hard CoinRun, levels 0 .. num_levels - 1, and the next HELD_OUT_LEVELS to test on (Genie, appendix F.1).
 
     The policy repeats its action with probability `sticky` and else takes any of the 15, or is an expert. A game that ends within a
@@ -107,7 +109,8 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
     half a pixel.
     """
     env = CoinRun()
-    train, test = (EnvParams(env.levels(first + np.arange(num))) for first, num in ((0, num_levels), (num_levels, HELD_OUT_LEVELS)))
+    banks = ((0, num_levels), (num_levels, HELD_OUT_LEVELS))
+    train, test = (EnvParams(env.levels(first + np.arange(num), blank)) for first, num in banks)
     policy = expert_policy(env) if expert else sticky_policy(sticky)
     pool, longest = (EXPERT_POOL, EXPERT_LEAD) if expert else (POOL, LEAD)
 
@@ -120,13 +123,13 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
         return Games(state, action), done | ended | (state.time >= params.max_steps_in_episode), action
 
     def start(level, params) -> Games:
-        return Games(jax.vmap(env.reset_to_level, (0, None))(level, params), jnp.full(len(level), 4))
+        return Games(jax.vmap(env.reset_to_level, (0, None))(level, params), jnp.full(len(level), 4, jnp.int32))
 
     def begin(key, num, params) -> Games:
         """Games on levels of their own, each some steps from its start."""
         key_level, key_lead, key_play = jax.random.split(key, 3)
-        lead = jax.random.randint(key_lead, (num,), 0, longest)
-        first = start(jax.random.randint(key_level, (num,), 0, params.levels.themes.shape[0]), params)
+        lead = jax.random.randint(key_lead, (num,), 0, longest, jnp.int32)
+        first = start(jax.random.randint(key_level, (num,), 0, params.levels.themes.shape[0], jnp.int32), params)
 
         def play(carry, inputs):
             games, done = carry
@@ -158,7 +161,7 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
         key_which, key_film, key_begin = jax.random.split(key, 3)
         which = jax.random.choice(key_which, pool, (num,), replace=False)
         clips, games, done = film(key_film, jax.tree.map(lambda x: x[which], world), train)
-        games = jax.vmap(select)(done, start(jax.random.randint(key_begin, (num,), 0, num_levels), train), games)
+        games = jax.vmap(select)(done, start(jax.random.randint(key_begin, (num,), 0, num_levels, jnp.int32), train), games)
         return clips, jax.tree.map(lambda old, new: old.at[which].set(new), world, games)
 
     def held_out(key, num):
@@ -169,7 +172,8 @@ def coinrun(num_frames: int, num_levels: int, sticky: float, expert: bool = Fals
         _, state, reward, ended, _ = env.step_env(None, state, action, test)
         return state, jnp.where(reward > 0, 1, jnp.where(ended | (state.time >= test.max_steps_in_episode), 2, 0))
 
-    grades = np.asarray(jax.vmap(difficulty)(num_levels + np.arange(HELD_OUT_LEVELS)))
+    seeds = num_levels + np.arange(HELD_OUT_LEVELS)
+    grades = np.ones(len(seeds), np.int32) if blank else np.asarray(jax.jit(jax.vmap(difficulty))(seeds))
     at_level, render = partial(env.reset_to_level, params=test), partial(env.render, params=test)
     game = Game(HELD_OUT_LEVELS, env.num_actions, 4, tuple("↙←↖↓·↑↘→↗"), at_level, play, render, grades)
     return Source((PIXELS, PIXELS), 9, lambda key: begin(key, pool, train), draw, held_out, game, pool)
@@ -190,8 +194,8 @@ def dots(num_frames: int, size: int) -> Source:
 
     def start(key) -> Dot:
         key_place, key_colour = jax.random.split(key)
-        colours = jax.random.randint(key_colour, (2, 3), jnp.array([[0], [160]]), jnp.array([[96], [256]]))
-        return Dot(jax.random.randint(key_place, (2,), 0, 8), colours)
+        colours = jax.random.randint(key_colour, (2, 3), jnp.array([[0], [160]]), jnp.array([[96], [256]]), jnp.int32)
+        return Dot(jax.random.randint(key_place, (2,), 0, 8, jnp.int32), colours)
 
     def step(dot: Dot, action):
         return dot._replace(place=jnp.clip(dot.place + jnp.asarray(MOVES)[action], 0, 7)), jnp.int32(0)
@@ -203,7 +207,7 @@ def dots(num_frames: int, size: int) -> Source:
 
     def clip(key):
         key_start, key_action = jax.random.split(key)
-        action, first = jax.random.randint(key_action, (num_frames - 1,), 0, len(MOVES)), start(key_start)
+        action, first = jax.random.randint(key_action, (num_frames - 1,), 0, len(MOVES), jnp.int32), start(key_start)
         _, later = jax.lax.scan(lambda dot, action: (step(dot, action)[0],) * 2, first, action)
         place = jnp.concatenate([first.place[None], later.place])
         change = jnp.where((place[1:] == place[:-1]).all(1), 0, action)
@@ -224,8 +228,8 @@ def play_at_random(key, game: Game, level, num_frames: int, sticky: float):
     def step(carry, key):
         state, action, over = carry
         key_new, key_keep = jax.random.split(key)
-        new = jax.random.randint(key_new, (), 0, game.num_actions)
-        action = jnp.where(jax.random.uniform(key_keep) < sticky, action, new)
+        new = jax.random.randint(key_new, (), 0, game.num_actions, jnp.int32)
+        action = jnp.where(jax.random.uniform(key_keep, dtype=jnp.float32) < sticky, action, new)
         after, outcome = game.step(state, action)
         state = select(over, state, after)
         return (state, action, over | (outcome > 0)), (state, action)
@@ -245,11 +249,12 @@ class Videos(NamedTuple):
 
     frames: np.ndarray  # (F, H, W, 3) uint8
     lengths: np.ndarray  # (V,) of each video; they add up to F
+    names: list[str]  # V
 
 
 def load_videos(path: Path, num_frames: int, size: int) -> Videos:
-    """An .npz file's first array, (videos, frames, H, W, 3) uint8; or a folder's .gif and video files, the middle square scaled to
-    `size`. At least two videos of at least `num_frames` frames each.
+    """An .npz file's array `videos`, or its first, (videos, frames, H, W, 3) uint8; or a folder's .gif and video files, the middle
+    square scaled to `size`. At least two videos of at least `num_frames` frames each.
 
     Raises UsageError, one line, for anything else.
     """
@@ -257,8 +262,9 @@ def load_videos(path: Path, num_frames: int, size: int) -> Videos:
     found = read_folder(path, size) if path.is_dir() else read_npz(path)
     what = f"--data {path}"
     require(len(found.lengths) >= 2, f"{what}: at least two videos are needed, one of them to test on")
-    shortest = found.lengths.min()
-    require(shortest >= num_frames, f"{what}: a video has {shortest} frames: at least --num-frames {num_frames} are needed")
+    shortest = found.lengths.argmin()
+    words = f"{what}: {found.names[shortest]} has {found.lengths[shortest]} frames"
+    require(found.lengths[shortest] >= num_frames, f"{words}: at least --num-frames {num_frames} are needed")
     require_fits(path, found.frames.nbytes)
     return found
 
@@ -273,25 +279,27 @@ def read_npz(path: Path) -> Videos:
     """Videos of one length."""
     try:
         with np.load(path, allow_pickle=False) as held:
-            name = held.files[0]
+            name = "videos" if "videos" in held.files else held.files[0]
             found = held[name]
     except (OSError, ValueError, IndexError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         require(False, f"--data {path}: not an .npz file of arrays ({first_line_of(error)})")
     fits = found.ndim == 5 and found.shape[-1] == 3 and found.dtype == np.uint8
     what = f"--data {path}: {name} is {found.dtype} {list(found.shape)}"
     require(fits, f"{what}: must be uint8 (videos, frames, height, width, 3)")
-    return Videos(found.reshape(-1, *found.shape[2:]), np.full(found.shape[0], found.shape[1]))
+    names = [f"video {i}" for i in range(len(found))]
+    return Videos(found.reshape(-1, *found.shape[2:]), np.full(found.shape[0], found.shape[1]), names)
 
 
 def read_folder(folder: Path, size: int) -> Videos:
     """A folder's videos, by name."""
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".gif", *VIDEO_FILES))
+    seen = (path for path in folder.iterdir() if not path.name.startswith("."))
+    paths = sorted(path for path in seen if path.suffix.lower() in (".gif", *VIDEO_FILES))
     require(paths, f"--data {folder}: holds no {', '.join(('.gif', *VIDEO_FILES))} file")
     videos = []
     for path in paths:
         videos.append(read_video(path, size))
         require_fits(folder, sum(video.nbytes for video in videos))
-    return Videos(np.concatenate(videos), np.array([len(video) for video in videos]))
+    return Videos(np.concatenate(videos), np.array([len(video) for video in videos]), [path.name for path in paths])
 
 
 def read_video(path: Path, size: int) -> np.ndarray:

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import require
 from common.env import select
 from common.nn import dense
-from common.run import Train
+from common.runs.config import require
+from common.runs.programs import Train
 from common.st import Cache, Spec, grid_of, init_cache, init_st, patchify, positions, rms_norm, st_blocks
 from envs.clips import Game, Source, make_source
 
@@ -40,13 +40,14 @@ def init_policy(key, config, shape: tuple[int, int], num: int) -> dict:
     key_st, key_token, key_action = jax.random.split(key, 3)
     width, pixels = config.tokenizer_width, 3 * config.patch**2
     params = init_st(key_st, pixels, num, grid_of(shape, config.patch), width, config.bc_blocks, config)
-    token, action = 0.1 * jax.random.normal(key_token, (width,)), 0.1 * jax.random.normal(key_action, (num, width))
+    token = 0.1 * jax.random.normal(key_token, (width,), jnp.float32)
+    action = 0.1 * jax.random.normal(key_action, (num, width), jnp.float32)
     return params | {"token": token, "action": action}
 
 
 def policy(params, frames, before, config, cache: Cache | None = None):
     """pi(a_t | x_{t-3:t}, a_{<t}): frames (B, T, H, W, 3), the action before each (B, T), -1: none -> logits (B, T, n), cache."""
-    before = jax.nn.one_hot(before, len(params["action"])) @ params["action"]
+    before = jax.nn.one_hot(before, len(params["action"]), dtype=jnp.float32) @ params["action"]
     h = dense(params["in"], patchify(frames, config.patch)) + positions(params) + before[:, :, None]
     token = jnp.broadcast_to(params["token"], (*h.shape[:2], 1, h.shape[-1]))
     h, cache = st_blocks(params, jnp.concatenate([h, token], axis=2), Spec(config.heads, CONTEXT), cache)
@@ -57,7 +58,7 @@ def cloning_loss(params, frames, actions, config) -> jax.Array:
     """Cross-entropy of actions (B, T - 1), -1 where there is none."""
     before = jnp.pad(actions[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     log_p = jax.nn.log_softmax(policy(params, frames[:, :-1], before, config)[0])
-    picked = jax.nn.one_hot(actions, log_p.shape[-1])
+    picked = jax.nn.one_hot(actions, log_p.shape[-1], dtype=jnp.float32)
     return -(log_p * picked).sum() / jnp.maximum(picked.sum(), 1)
 
 
@@ -78,14 +79,14 @@ def play_levels(key, game: Game, act, memory) -> jax.Array:
 def play_policy(key, game: Game, params, meaning, config) -> jax.Array:
     """A policy's games. `meaning` (n, keys): how often each of its actions was seen with each of the game's, which is drawn so."""
     tokens = len(positions(params)) + 1
-    none = jnp.full((game.num_levels, 1), -1)
+    none = jnp.full((game.num_levels, 1), -1, jnp.int32)
     memory = (init_cache(params, Spec(config.heads, CONTEXT), game.num_levels, tokens), none)
 
     def act(key, frames, memory):
         cache, before = memory
         key_latent, key_real = jax.random.split(key)
         logits, cache = policy(params, frames[:, None], before, config, cache)
-        latent = jax.random.categorical(key_latent, logits)  # (levels, 1)
+        latent = jax.random.categorical(key_latent, logits).astype(jnp.int32)  # (levels, 1)
         return jax.random.categorical(key_real, jnp.log(meaning + 1e-6)[latent[:, 0]]), (cache, latent)
 
     return play_levels(key, game, act, memory)
@@ -128,21 +129,21 @@ def make_cloning(config, source: Source, tx, init_model: Callable, infer: Callab
         """D of appendix E, as counts (n, keys), from `labels` of the expert's steps."""
         clips, _ = expert.draw(jax.random.key(4), state.world, -(-config.labels // (config.num_frames - 1)))
         latent, real = (actions.reshape(-1)[: config.labels] for actions in labelled(state.params, clips))
-        return jax.nn.one_hot(latent, num).T @ jax.nn.one_hot(real, num_keys)
+        return jax.nn.one_hot(latent, num, dtype=jnp.float32).T @ jax.nn.one_hot(real, num_keys, dtype=jnp.float32)
 
     def evaluate(state: Cloning) -> dict:
         key_policies, key_random, key_constant = jax.random.split(jax.random.key(5), 3)
         meaning = dictionary(state)
         play = lambda params, meaning: play_policy(key_policies, source.game, params, meaning, config)
-        latent, oracle = jax.vmap(play)(state.policies, jnp.stack([meaning, jnp.eye(num, num_keys)]))
-        draw = lambda key, frames, memory: (jax.random.randint(key, (len(frames),), 0, num_keys), memory)
-        right_up = lambda key, frames, memory: (jnp.full(len(frames), 8), memory)
+        latent, oracle = jax.vmap(play)(state.policies, jnp.stack([meaning, jnp.eye(num, num_keys, dtype=jnp.float32)]))
+        draw = lambda key, frames, memory: (jax.random.randint(key, (len(frames),), 0, num_keys, jnp.int32), memory)
+        right_up = lambda key, frames, memory: (jnp.full(len(frames), 8, jnp.int32), memory)
         won = {"latent": latent, "oracle": oracle, "random": play_levels(key_random, source.game, draw, ())}
         won["right_up"] = play_levels(key_constant, source.game, right_up, ())
         results = {f"won_{name}": x.mean() for name, x in won.items()}
         for grade in (1, 2, 3):  # how hard a level is
             here = source.game.grades == grade
-            results |= {f"won_{name}_{grade}": (x * here).sum() / here.sum() for name, x in won.items()}
+            results |= {f"won_{name}_{grade}": (x * here).sum().astype(jnp.float32) / here.sum() for name, x in won.items()}
         return results | {"dictionary": meaning}
 
     return Train(init, update, evaluate, config.num_updates)

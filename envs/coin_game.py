@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
 from common.env import Environment
+from common.runs.config import require
 
 TORUS = 3
 COIN_TILE = 16  # pixels
@@ -69,7 +69,7 @@ class CoinGame(Environment):
 
     def reset_env(self, key, params: CoinParams):
         """Players anywhere, coins on cells without a player -> obs, state."""
-        noise = jax.random.uniform(key, (4,))
+        noise = jax.random.uniform(key, (4,), jnp.float32)
         cells = (noise[:2] * TORUS**2).astype(jnp.int32)
         players = jnp.stack([cells // TORUS, cells % TORUS], axis=-1)
         state = CoinState(players, free_cells(players, noise[2:]), jnp.int32(0))
@@ -85,8 +85,8 @@ class CoinGame(Environment):
         players = (state.players + jnp.stack([row, column], axis=-1)) % TORUS
         picked = (players[:, None] == state.coins).all(-1)  # (player, coin)
         own, other = (picked & OWN).any(1), (picked & ~OWN).any(1)  # by player
-        reward = params.own * own + params.other * other + params.stolen * other[::-1]
-        fresh = free_cells(players, jax.random.uniform(key, (2,)))
+        reward = (params.own * own + params.other * other + params.stolen * other[::-1]).astype(jnp.float32)
+        fresh = free_cells(players, jax.random.uniform(key, (2,), jnp.float32))
         coins = jnp.where(picked.any(0)[:, None], fresh, state.coins)
         state = CoinState(players, coins, state.time + 1)
         info = {"picked": jnp.stack([own, other], axis=-1)}

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
 from common.env import Environment
+from common.runs.config import require
 
 SIZE = 64  # tiles a side
 COIN, SAW, ENEMY, WALL, WALL_TOP, LAVA, LAVA_TOP, BARRIER, CRATE, SPACE = 1, 2, 5, 15, 16, 17, 18, 19, 20, 100  # the game's codes
@@ -429,27 +429,30 @@ class CoinRun(Environment):
 
         return spaces.Box(0, 255, (PIXELS, PIXELS, 3), jnp.uint8)
 
-    def levels(self, seeds) -> Level:
+    def levels(self, seeds, blank: bool = False) -> Level:
         """The levels of seeds (R,), numbers in [0, 2^31), with as many places for enemies as the fullest needs, in eights.
 
-        Not for use inside jit: shapes depend on the levels.
+        Not for use inside jit: shapes depend on the levels. `blank`: of every level zeros and all places, made without compiling.
         """
         seeds = np.asarray(seeds, np.uint32)
         require(seeds.ndim == 1 and len(seeds) >= 1, f"levels: seeds of shape {seeds.shape}, must be one row of them")
+        if blank:
+            shapes = jax.eval_shape(_make_levels, seeds, self.hard)
+            return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), shapes)
         levels = _make_levels(seeds, self.hard)
         places = 8 * max(1, -(-int((levels.enemy_v != 0).sum(1).max()) // 8))
         return Level(*(x[..., :places] if name.startswith("enemy") else x for name, x in levels._asdict().items()))
 
     def reset_env(self, key, params: EnvParams):
         """A level drawn from params.levels -> obs, state."""
-        level = jax.random.randint(key, (), 0, params.levels.themes.shape[0])
+        level = jax.random.randint(key, (), 0, params.levels.themes.shape[0], jnp.int32)
         state = self.reset_to_level(level, params)
         return self.get_obs(state, params), state
 
     def reset_to_level(self, level, params: EnvParams) -> EnvState:
         """The first state of params.levels[level]."""
         zero, x = jnp.float32(0), params.levels.enemy_x[level]
-        trail = jnp.full((TRAIL, *x.shape), -100.0)
+        trail = jnp.full((TRAIL, *x.shape), -100.0, jnp.float32)
         return EnvState(
             jnp.int32(level), jnp.float32(1.5), 1 + jnp.float32(AGENT_RY), zero, zero, jnp.bool_(False), jnp.int32(1),
             x, params.levels.enemy_v[level], trail, jnp.int32(0),
@@ -480,7 +483,7 @@ class CoinRun(Environment):
         touched = touching(levels.columns, level, x, y)
         died = met.any() | touched[DEADLY] | touched[SAWS]
         trail = jnp.concatenate([state.enemy_x[None], state.trail[:-1]])
-        state = EnvState(level, x, y, vx, vy, on_crate, look + 3 * to_left, enemy_x, enemy_v, trail, time)
+        state = EnvState(level, x, y, vx, vy, on_crate, look + 3 * to_left.astype(jnp.int32), enemy_x, enemy_v, trail, time)
         reward = jnp.where(touched[COINS], jnp.float32(10), 0)
         return self.get_obs(state, params), state, reward, died | touched[COINS], {}
 
@@ -520,7 +523,7 @@ def touching(columns, level, x, y):
 
 def random_policy(key, state: EnvState, params: EnvParams) -> jax.Array:
     """The case study's policy: uniform over all 15 actions."""
-    return jax.random.randint(key, (), 0, 15)
+    return jax.random.randint(key, (), 0, 15, jnp.int32)
 
 
 class Clip(NamedTuple):

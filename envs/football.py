@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
 from common.env import Environment
+from common.runs.config import require
 from envs.football_state import (
     BOX_LENGTH,
     BOX_WIDTH,
@@ -156,19 +156,19 @@ class Football(Environment):
 
     def reset_env(self, key, params: FootballParams, batch: tuple[int, ...] = ()):
         """A kick-off, by either team -> obs, state. `batch`: axes of matches."""
-        state = self.reset_to_level(jnp.zeros((LEVEL_SIZE, *batch)), params)
-        team, centre = jax.random.randint(key, batch, 0, 2), jnp.zeros(batch)
-        state = restart(state, Call(jnp.full(batch, KICK_OFF), team, centre, centre), jnp.bool_(True))
+        state = self.reset_to_level(jnp.zeros((LEVEL_SIZE, *batch), jnp.float32), params)
+        team, centre = jax.random.randint(key, batch, 0, 2, jnp.int32), jnp.zeros(batch, jnp.float32)
+        state = restart(state, Call(jnp.full(batch, KICK_OFF, jnp.int32), team, centre, centre), jnp.bool_(True))
         return self.get_obs(state, params), state
 
     def sample_level(self, key, batch: tuple[int, ...] = ()) -> jax.Array:
         """Everyone and the ball anywhere, x in [-0.9, 0.9] and y in [-0.4, 0.4]: (42, *batch)."""
         bounds = np.float32([0.9, 0.4])[(None, slice(None), *[None] * len(batch))]
-        return (jax.random.uniform(key, (21, 2, *batch), minval=-1.0) * bounds).reshape(LEVEL_SIZE, *batch)
+        return (jax.random.uniform(key, (21, 2, *batch), jnp.float32, minval=-1.0) * bounds).reshape(LEVEL_SIZE, *batch)
 
     def mutate_level(self, key, level, sigma: float = 0.1) -> jax.Array:
         """Gaussian noise on every coordinate, clipped to where `sample_level` draws from."""
-        level = level + sigma * jax.random.normal(key, level.shape)
+        level = level + sigma * jax.random.normal(key, level.shape, jnp.float32)
         bounds = like(np.tile(np.float32([0.9, 0.4]), 21), level)
         return jnp.clip(level, -bounds, bounds)
 
@@ -178,7 +178,7 @@ class Football(Environment):
         level = jnp.clip(level, -like(LEVEL_BOUNDS, level), like(LEVEL_BOUNDS, level))
         batch = level.shape[1:]
         spots = level.reshape(21, 2, *batch)
-        keepers = like(np.float32([[[-0.98, 0]], [[0.98, 0]]]), spots[None]) + jnp.zeros((2, 1, 2, *batch))
+        keepers = like(np.float32([[[-0.98, 0]], [[0.98, 0]]]), spots[None]) + jnp.zeros((2, 1, 2, *batch), jnp.float32)
         players = jnp.concatenate([keepers, spots[:20].reshape(2, 10, 2, *batch)], axis=1)
         active = jnp.broadcast_to(like(self.active, players[:, :, 0]), (2, 11, *batch))
         x, y = players[:, :, 0] * SCALE_X, players[:, :, 1] * SCALE_Y
@@ -186,7 +186,7 @@ class Football(Environment):
         x, y = jnp.where(active, x, -side * 60.0), jnp.where(active, y, side * 45.0)
         zero, no, none = jnp.zeros_like(x), jnp.zeros(x.shape, bool), jnp.zeros(x.shape, jnp.int32)
         ball = spots[20] * like(np.float32([SCALE_X, SCALE_Y]), spots[20])
-        ball = jnp.concatenate([ball, jnp.full((1, *batch), RADIUS), jnp.zeros((3, *batch))])
+        ball = jnp.concatenate([ball, jnp.full((1, *batch), RADIUS, jnp.float32), jnp.zeros((3, *batch), jnp.float32)])
         count, pair = jnp.zeros(batch, jnp.int32), jnp.zeros((2, *batch), jnp.int32)
         return FootballState(
             x, y, zero, zero, side + zero, zero, zero, zero, no, no, none, none, zero, no, no, active, no, no,
@@ -250,7 +250,7 @@ LEVEL_BOUNDS = np.tile(np.float32([1.0, 0.42]), 21)
 
 def read(hot, values) -> jax.Array:
     """The value (2, 11, ...) of the one that is set in `hot` (bool), 0 where nobody is."""
-    return jnp.where(hot, values, 0).sum((0, 1))
+    return jnp.where(hot, values, 0).sum((0, 1), dtype=values.dtype)
 
 
 def nearest_player(distance, among, left_first) -> tuple[jax.Array, jax.Array]:
@@ -270,7 +270,7 @@ def others_of(hot) -> jax.Array:
 
 def draw(key, batch) -> Chance:
     """One word of threefry a match, and a multiply-xorshift hash of it for each number."""
-    seed = jax.random.bits(key, batch)
+    seed = jax.random.bits(key, batch, jnp.uint32)
     word = seed ^ like(np.arange(1, 26, dtype=np.uint32) * np.uint32(0x9E3779B9), seed[None])
     word = (word ^ (word >> 16)) * np.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * np.uint32(0x846CA68B)
@@ -743,6 +743,6 @@ def checkpoints(state: FootballState, goal):
     side, has = like(SIDE, state.x), state.owner
     far = length((HALF_LENGTH - side * state.x) / SCALE_X, state.y / SCALE_Y)
     far = jnp.where(has, far, FAR).min(1)
-    reached = (far < like(RINGS[:, None], far[None])).sum(0)
+    reached = (far < like(RINGS[:, None], far[None])).sum(0, dtype=jnp.int32)
     rings = jnp.maximum(state.rings, jnp.where(goal > 0, len(RINGS), reached))
     return 0.1 * (rings - state.rings), rings

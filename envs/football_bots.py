@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
+from common.runs.config import require
 from envs.football_state import (
     DRIBBLE,
     FAR,
@@ -103,7 +103,7 @@ def bot_actions(key, state: FootballState, bots: Bot) -> jax.Array:
 
 def chances(key, state: FootballState) -> jax.Array:
     """(2, 2, 11, ...): two numbers in [0, 1) for each player, by a hash of one word of threefry a match."""
-    seed = jax.random.bits(key, state.time.shape)
+    seed = jax.random.bits(key, state.time.shape, jnp.uint32)
     index = np.arange(44, dtype=np.uint32).reshape(2, 2, 11) + 1
     word = seed ^ like(index * np.uint32(0x9E3779B9), state.x[None])
     word = (word ^ (word >> 16)) * np.uint32(0x7FEB352D)

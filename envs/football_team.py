@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint import load, read_meta, save
-from common.config import UsageError, require
 from common.nn import orthogonal
+from common.runs.checkpoint import load, read_meta, save
+from common.runs.config import UsageError, require
 from envs.football_state import NORMAL, NUM_ACTIONS, OWN_VIEW, FootballState, like, own_view, team_view
 
 WHOLE_VIEW = 126  # of `team_view`, all but the score and the clock
@@ -37,9 +37,9 @@ def init_team(key, hidden: int = 64) -> Team:
     """Orthogonal weights; the last layer's are small, so that every action is about as likely."""
     key_first, key_hidden, key_last = jax.random.split(key, 3)
     first = orthogonal(key_first, (hidden, WHOLE_VIEW + OWN_VIEW), 2**0.5)
-    zero = jnp.zeros(hidden)
+    zero = jnp.zeros(hidden, jnp.float32)
     between, last = orthogonal(key_hidden, (hidden, hidden), 2**0.5), orthogonal(key_last, (NUM_ACTIONS, hidden), 0.01)
-    return Team(first[:, :WHOLE_VIEW], first[:, WHOLE_VIEW:], zero, between, zero, last, jnp.zeros(NUM_ACTIONS))
+    return Team(first[:, :WHOLE_VIEW], first[:, WHOLE_VIEW:], zero, between, zero, last, jnp.zeros(NUM_ACTIONS, jnp.float32))
 
 
 def apply_team(params: Team, whole, own) -> jax.Array:
@@ -90,7 +90,7 @@ def sample_actions(key, logits):
 
     One word of threefry a match and a hash of it for each player: threefry for all would cost more than the network.
     """
-    seed = jax.random.bits(key, logits.shape[2:])
+    seed = jax.random.bits(key, logits.shape[2:], jnp.uint32)
     word = seed ^ like(np.arange(1, 11, dtype=np.uint32) * np.uint32(0x9E3779B9), logits[0])
     word = (word ^ (word >> 16)) * np.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * np.uint32(0x846CA68B)

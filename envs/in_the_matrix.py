@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
 from common.env import Environment
+from common.runs.config import require
 
 GRID = 8
 SIGHT = 5
@@ -115,7 +115,7 @@ class InTheMatrix(Environment):
         pos = spawn(jnp.zeros((num, 2), jnp.int32), jnp.ones(num, bool), place)
         deal = np.arange(NUM_COINS)
         if not self.fixed_coins:
-            noise = jax.random.uniform(key_coins, (NUM_COINS,))
+            noise = jax.random.uniform(key_coins, (NUM_COINS,), jnp.float32)
             deal = (noise[:, None] > noise).sum(1)
         zeros, nobody = jnp.zeros(num, jnp.int32), jnp.zeros(num, bool)
         kinds, inventory = jnp.int32((deal + 1) % 2), jnp.zeros((num, 2), jnp.int32)
@@ -135,13 +135,13 @@ class InTheMatrix(Environment):
         pos = resolve(state.pos, target, order)
 
         on = (pos[:, None] == COIN_CELLS).all(-1) & state.present  # (A, 12)
-        found = [(on & (state.kinds == kind)).sum(1) for kind in (COOPERATION, DEFECTION)]
+        found = [(on & (state.kinds == kind)).sum(1, dtype=jnp.int32) for kind in (COOPERATION, DEFECTION)]
         inventory = state.inventory + jnp.stack(found, axis=-1)
         present = state.present & ~on.any(0)
 
         able = (inventory.sum(1) > 0) & (state.freeze == 0)
         meet = meetings(pos, heading, able & (actions == INTERACT), able, order)
-        share = inventory[:, COOPERATION] / jnp.maximum(inventory.sum(1), 1)
+        share = inventory[:, COOPERATION].astype(jnp.float32) / jnp.maximum(inventory.sum(1), 1)
         reward = jnp.where(meet, pair_payoffs(share, params.payoff), 0.0).sum(1)
         met = meet.any(1)
 
@@ -194,7 +194,7 @@ class InTheMatrix(Environment):
 
 def vector_of(heading) -> jax.Array:
     """The step (x, y) that each heading (...,) takes: (..., 2) int32."""
-    return jnp.stack([(heading == 0) * 1 - (heading == 2), (heading == 1) * 1 - (heading == 3)], axis=-1)
+    return jnp.stack([(heading == i).astype(jnp.int32) - (heading == i + 2) for i in range(2)], axis=-1)
 
 
 def right_of(vector) -> jax.Array:
@@ -254,7 +254,7 @@ def pair_payoffs(share, payoff) -> jax.Array:
 
 def draws(key, num: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A step's chance (A,) int32, all from one word a player: who goes first (14 bits), a place (16 bits), a heading (2 bits)."""
-    words = jax.random.bits(key, (num,))
+    words = jax.random.bits(key, (num,), jnp.uint32)
     return tuple(x.astype(jnp.int32) for x in (words >> 18, (words >> 2) & 0xFFFF, words & 3))
 
 
@@ -273,7 +273,7 @@ def spawn(pos, moving, place) -> jax.Array:
         free = ~((pos[:, None] == SPAWN_CELLS).all(-1) & placed[:, None]).any(0)  # (16,)
         count = (np.tri(len(SPAWN_CELLS), dtype=np.int32) * free).sum(1)  # 1 for the first free cell, 2 for the second
         chosen = free & (count == 1 + ((place[i] * free.sum()) >> 16))
-        cell = jnp.where(chosen[:, None], SPAWN_CELLS, 0).sum(0)
+        cell = jnp.where(chosen[:, None], SPAWN_CELLS, 0).sum(0, dtype=jnp.int32)
         pos = jnp.where((moving[i] & (np.arange(num) == i))[:, None], cell, pos)
     return pos
 

@@ -134,9 +134,9 @@ class Locomotion(Legged):
     def reset_env(self, key, params: PlanarParams):
         """The model's own pose, up to noise in all positions and velocities -> obs, state."""
         host, keys = self.model.host, jax.random.split(key)
-        noise = lambda key, num: jax.random.uniform(key, (num,), minval=-1) * params.reset_noise
+        noise = lambda key, num: jax.random.uniform(key, (num,), jnp.float32, minval=-1) * params.reset_noise
         qpos, qvel = jnp.asarray(host.qpos0, jnp.float32) + noise(keys[0], host.nq), noise(keys[1], host.nv)
-        state = LocomotionState(qpos, qvel, jnp.zeros(host.nv), jnp.int32(0))
+        state = LocomotionState(qpos, qvel, jnp.zeros(host.nv, jnp.float32), jnp.int32(0))
         return self.get_obs(state, params), state
 
     def step_env(self, key, state: LocomotionState, action, params: PlanarParams):
@@ -161,16 +161,16 @@ class Locomotion(Legged):
         from mujoco import mjx
 
         host, (model, data) = self.model.host, self.on_device()
-        model = model.tree_replace({"opt.gravity": jnp.array([0.0, 0.0, -1.0]) * params.gravity})
+        model = model.tree_replace({"opt.gravity": jnp.float32([0.0, 0.0, -1.0]) * params.gravity})
         low, high = host.actuator_ctrlrange.T
         joint = joint * jnp.broadcast_to(jnp.asarray(params.strength, jnp.float32), joint.shape)
         turned = host.actuator_trnid[:, 0] - (host.njnt - self.num_joints)  # the joint of each motor
-        control = low + (joint[turned] + 1) / 2 * (high - low)
+        control = np.float32(low) + (joint[turned] + 1) / 2 * np.float32(high - low)
         data = data.replace(qpos=moving[0], qvel=moving[1], qacc_warmstart=moving[2], ctrl=control)
 
         def step(_, carry):
             data, contact = carry
-            data = mjx.step(model, data)
+            data = jax.tree.map(lambda new, old: new.astype(old.dtype), mjx.step(model, data), data)
             return data, contact | self.touching(data)
 
         data, contact = jax.lax.fori_loop(0, self.robot.frames, step, (data, jnp.zeros(self.num_feet, bool)))

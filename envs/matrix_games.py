@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import require
 from common.env import Environment
+from common.runs.config import require
 
 # Rows CC, CD, DC, DD; columns first and second player. Shaper's games, M-FOS's chicken (2205.01447), and Pax's stag hunt.
 TWO_PLAYER = {
@@ -121,21 +121,21 @@ class MatrixGame(Environment):
     def step_env(self, key, state: MatrixState, actions, params: MatrixParams):
         """actions (A,) -> obs, state, reward (A,), terminated (never), info. The key is not used."""
         view = joint_views(actions)
-        reward = (jax.nn.one_hot(view, 2**self.num_agents) * params.payoff).sum(-1)
+        reward = (jax.nn.one_hot(view, 2**self.num_agents, dtype=jnp.float32) * params.payoff).sum(-1)
         state = MatrixState(view, state.time + 1)
         return self.get_obs(state, params), state, reward, jnp.bool_(False), {}
 
     def get_obs(self, state: MatrixState, params=None, key=None) -> jax.Array:
         """(A, 2^A + 1) float32."""
-        return jax.nn.one_hot(state.view, 2**self.num_agents + 1)
+        return jax.nn.one_hot(state.view, 2**self.num_agents + 1, dtype=jnp.float32)
 
 
 def joint_views(actions) -> jax.Array:
     """A joint action (A,) as a number in each player's view (A,) int32: own action first, then clockwise, defect = 1."""
     players = actions.shape[0]
     seat = np.arange(players)
-    weights = np.int32(2) ** (players - 1 - (seat[None] - seat[:, None]) % players)
-    return (weights * (actions == 1)).sum(-1)
+    weights = np.int32(2 ** (players - 1 - (seat[None] - seat[:, None]) % players))
+    return (weights * (actions == 1)).sum(-1, dtype=jnp.int32)
 
 
 # --- the infinite discounted game
@@ -150,7 +150,7 @@ def solve_dominant(a, b) -> jax.Array:
     ab = jnp.concatenate([a, b], axis=-1)
     for i in range(n):
         row = ab[..., i, :] / ab[..., i, i, None]
-        ab = ab - (ab[..., :, i] - np.eye(n)[i])[..., None] * row[..., None, :]
+        ab = ab - (ab[..., :, i] - np.eye(n, dtype=np.float32)[i])[..., None] * row[..., None, :]
     return ab[..., n:]
 
 
@@ -215,7 +215,7 @@ class InfiniteMatrixGame(Environment):
 
     def reset_env(self, key, params: InfiniteParams):
         """Random policies, their logits uniform in [0, 1) as in Pax -> obs, state."""
-        state = InfiniteState(jax.nn.sigmoid(jax.random.uniform(key, (2, 5))), jnp.int32(0))
+        state = InfiniteState(jax.nn.sigmoid(jax.random.uniform(key, (2, 5), jnp.float32)), jnp.int32(0))
         return self.get_obs(state, params), state
 
     def step_env(self, key, state: InfiniteState, actions, params: InfiniteParams):

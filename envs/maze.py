@@ -100,11 +100,11 @@ class Maze(Environment):
         height, width = state.walls.shape
         turn = jnp.where(action == 0, 3, jnp.where(action == 1, 1, 0))
         ahead = state.agent_pos + (action == 2) * jnp.asarray(DIRECTIONS)[state.agent_dir]
-        ahead = jnp.clip(ahead, 0, np.array([width - 1, height - 1]))
+        ahead = jnp.clip(ahead, 0, np.int32([width - 1, height - 1]))
         reached = (action == 2) & (ahead == state.goal_pos).all()
         blocked = reached | _at(state.walls, ahead)
         time = state.time + 1
-        reward = jnp.where(reached, 1 - 0.9 * time / params.max_steps_in_episode, 0.0)
+        reward = jnp.where(reached, 1 - 0.9 * time.astype(jnp.float32) / params.max_steps_in_episode, 0.0)
         state = state._replace(
             agent_pos=jnp.where(blocked, state.agent_pos, ahead),
             agent_dir=(state.agent_dir + turn) % 4,
@@ -116,8 +116,8 @@ class Maze(Environment):
         """What the agent sees."""
         height, width = state.walls.shape
         cells = state.agent_pos + jnp.asarray(VIEW_OFFSETS)[state.agent_dir]  # (25, 2)
-        inside = (cells >= 0).all(-1) & (cells < np.array([width, height])).all(-1)
-        is_wall = _at(state.walls, jnp.clip(cells, 0, np.array([width - 1, height - 1]))) | ~inside
+        inside = (cells >= 0).all(-1) & (cells < np.int32([width, height])).all(-1)
+        is_wall = _at(state.walls, jnp.clip(cells, 0, np.int32([width - 1, height - 1]))) | ~inside
         is_goal = (cells == state.goal_pos).all(-1)[:, None]
         image = jnp.where(is_wall[:, None], CODES[WALL], jnp.where(is_goal, CODES[GOAL], CODES[EMPTY]))
         return Observation(image.reshape(VIEW, VIEW, 3), state.agent_dir)
@@ -125,7 +125,7 @@ class Maze(Environment):
     def sample_level(self, key) -> Level:
         """A random level: walls, then the agent and its direction, then the goal, each uniform over what is free."""
         key_walls, key_place = jax.random.split(key)
-        cells = jax.random.randint(key_walls, (self.num_walls,), 0, self.height * self.width)
+        cells = jax.random.randint(key_walls, (self.num_walls,), 0, self.height * self.width, jnp.int32)
         walls = jnp.zeros(self.height * self.width, bool).at[cells].set(True)
         return place(key_place, walls.reshape(self.height, self.width))
 
@@ -137,7 +137,7 @@ class Maze(Environment):
 
         def edit(level, key):
             key_kind, key_flip, key_goal = jax.random.split(key, 3)
-            kind = jax.random.randint(key_kind, (), 0, 3)
+            kind = jax.random.randint(key_kind, (), 0, 3, jnp.int32)
             shape = level.walls.shape
             agent, goal = one_hot(level.agent_pos, shape), one_hot(level.goal_pos, shape)
             flip = one_hot(random_cell(key_flip, ~(agent | goal)), shape) & ~(agent | goal) & (kind == 1)
@@ -168,8 +168,8 @@ def one_hot(pos, shape) -> jax.Array:
 
 def random_cell(key, free) -> jax.Array:
     """A uniformly random cell (x, y) among those set in `free` (H, W)."""
-    count = jnp.cumsum(free.reshape(-1))
-    index = jnp.searchsorted(count, jax.random.randint(key, (), 0, jnp.maximum(count[-1], 1)), side="right")
+    count = jnp.cumsum(free.reshape(-1), dtype=jnp.int32)
+    index = jnp.searchsorted(count, jax.random.randint(key, (), 0, jnp.maximum(count[-1], 1), jnp.int32), side="right")
     index = jnp.minimum(index, free.size - 1)
     return jnp.stack([index % free.shape[1], index // free.shape[1]]).astype(jnp.int32)
 
@@ -179,7 +179,7 @@ def place(key, walls) -> Level:
     key_agent, key_dir, key_goal = jax.random.split(key, 3)
     agent_pos = random_cell(key_agent, ~walls)
     goal_pos = random_cell(key_goal, ~walls & ~one_hot(agent_pos, walls.shape))
-    return Level(walls, agent_pos, jax.random.randint(key_dir, (), 0, 4), goal_pos)
+    return Level(walls, agent_pos, jax.random.randint(key_dir, (), 0, 4, jnp.int32), goal_pos)
 
 
 def embed(level: Level, height: int, width: int) -> Level:
@@ -296,7 +296,7 @@ def held_out_levels(key, names: list[str], episodes: int) -> tuple[Level, np.nda
     levels, owners = fixed_levels(names)
     first = np.searchsorted(owners, np.arange(len(names)))[:, None]
     goals = np.bincount(owners)[:, None]
-    pick = first + jax.random.randint(key, (len(names), episodes), 0, goals)
+    pick = first + jax.random.randint(key, (len(names), episodes), 0, goals, jnp.int32)
     limits = np.array([HELD_OUT[name].time_limit for name in names], np.int32)
     return jax.tree.map(lambda x: jnp.asarray(x)[pick], levels), limits
 
@@ -311,8 +311,8 @@ def four_rooms(key, size: int = 17) -> Level:
     line = np.arange(size) == middle
     walls = jnp.asarray(line[:, None] | line)
     doors = np.array([0, middle + 1])
-    opened = walls.at[middle, doors + jax.random.randint(key_x, (2,), 0, middle)].set(False)
-    opened = opened.at[doors + jax.random.randint(key_y, (2,), 0, middle), middle].set(False)
+    opened = walls.at[middle, doors + jax.random.randint(key_x, (2,), 0, middle, jnp.int32)].set(False)
+    opened = opened.at[doors + jax.random.randint(key_y, (2,), 0, middle, jnp.int32), middle].set(False)
     return place(key_place, walls)._replace(walls=opened)  # nothing is placed in a doorway
 
 
@@ -323,7 +323,7 @@ def perfect_maze(key, size: int = 13) -> Level:
     """
     key_start, key_walk, key_place = jax.random.split(key, 3)
     cells = size // 2 + 1
-    start = jax.random.randint(key_start, (2,), 0, cells)
+    start = jax.random.randint(key_start, (2,), 0, cells, jnp.int32)
     visited = one_hot(start, (cells, cells))
     walls = jnp.ones((size, size), bool).at[2 * start[1], 2 * start[0]].set(False)
     stack = jnp.zeros((cells * cells, 2), jnp.int32).at[0].set(start)
@@ -343,7 +343,7 @@ def perfect_maze(key, size: int = 13) -> Level:
         stack = stack.at[depth].set(jnp.where(moved, there, stack[depth]))
         return (walls, visited | one_hot(there, (cells, cells)), stack, depth), None
 
-    noise = jax.random.uniform(key_walk, (2 * cells * cells, 4))
+    noise = jax.random.uniform(key_walk, (2 * cells * cells, 4), jnp.float32)
     (walls, *_), _ = jax.lax.scan(walk, (walls, visited, stack, jnp.int32(0)), noise)
     return place(key_place, walls)
 
@@ -362,7 +362,7 @@ def crossing(key, size: int = 9, rivers: int = 5) -> Level:
     is_line = jnp.zeros((2, size), bool).at[:, where].set(lines)
     walls = is_line[1][:, None] | is_line[0]
     # the rivers in the order in which the way crosses them: a random interleaving of the columns (0) and the rows (1)
-    order = jnp.argsort(jnp.where(chosen, jax.random.uniform(key_order, (2 * per_axis,)), 2.0))
+    order = jnp.argsort(jnp.where(chosen, jax.random.uniform(key_order, (2 * per_axis,), jnp.float32), 2.0))
     crossings = (order >= per_axis).astype(jnp.int32)[:rivers]
 
     def cross(carry, inputs):
@@ -378,7 +378,7 @@ def crossing(key, size: int = 9, rivers: int = 5) -> Level:
         x, y = jnp.where(axis == 0, line, gap), jnp.where(axis == 0, gap, line)
         return (walls.at[y, x].set(False), room.at[axis].add(1)), None
 
-    noise = jax.random.uniform(key_gap, (rivers,))
+    noise = jax.random.uniform(key_gap, (rivers,), jnp.float32)
     (walls, _), _ = jax.lax.scan(cross, (walls, jnp.zeros(2, jnp.int32)), (crossings, noise))
     return Level(walls, jnp.zeros(2, jnp.int32), jnp.int32(0), jnp.full(2, size - 1, jnp.int32))
 

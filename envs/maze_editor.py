@@ -77,7 +77,7 @@ class MazeEditor(Environment):
         key_dir, key_obs = jax.random.split(key)
         outside = jnp.array([self.width, self.height], jnp.int32)
         walls = jnp.zeros((self.height, self.width), bool)
-        state = EditorState(walls, outside, outside, jax.random.randint(key_dir, (), 0, 4), jnp.int32(0))
+        state = EditorState(walls, outside, outside, jax.random.randint(key_dir, (), 0, 4, jnp.int32), jnp.int32(0))
         return self.get_obs(state, params, key_obs), state
 
     def step_env(self, key, state: EditorState, action, params=None):
@@ -107,7 +107,7 @@ class MazeEditor(Environment):
         border = np.ones((shape[0] + 2, shape[1] + 2, 1), bool)
         border[1:-1, 1:-1] = False
         image = jnp.where(border, CODES[WALL], jnp.pad(image, [(1, 1), (1, 1), (0, 0)]))
-        noise = jnp.zeros(self.noise_dim) if key is None else jax.random.uniform(key, (self.noise_dim,))
+        noise = jnp.zeros(self.noise_dim, jnp.float32) if key is None else jax.random.uniform(key, (self.noise_dim,), jnp.float32)
         return EditorObservation(image, state.time, noise)
 
     def level_of(self, state: EditorState) -> Level:

@@ -54,8 +54,8 @@ def play_mazes(key, policy, params, hstate, levels: Level, limits, film: int = 0
 
 def random_walk(params, obs, reset, hstate):
     """A policy that turns and walks at random and never idles."""
-    logits = jnp.array([0.0, 0, 0, -jnp.inf, -jnp.inf, -jnp.inf, -jnp.inf])
-    return jnp.broadcast_to(logits, (*reset.shape, 7)), jnp.zeros(reset.shape), hstate
+    logits = jnp.float32([0, 0, 0, -jnp.inf, -jnp.inf, -jnp.inf, -jnp.inf])
+    return jnp.broadcast_to(logits, (*reset.shape, 7)), jnp.zeros(reset.shape, jnp.float32), hstate
 
 
 def held_out_results(key, policy, params, init_hstate, episodes: int) -> dict:
@@ -85,8 +85,8 @@ def level_results(levels: Level) -> dict:
     """How hard levels (N, ...) are: their walls, the cells of the shortest way where there is one, the share without one."""
     _, path = jax.vmap(shortest_solution)(levels)
     return {
-        "level_walls": levels.walls.sum((1, 2)).mean(),
-        "level_path": path.sum() / jnp.maximum((path > 0).sum(), 1),
+        "level_walls": levels.walls.sum((1, 2)).mean(dtype=jnp.float32),
+        "level_path": path.sum().astype(jnp.float32) / jnp.maximum((path > 0).sum(), 1),
         "level_unsolvable": (path == 0).mean(),
     }
 

@@ -85,12 +85,12 @@ def sample_text(key, num: int, length: int) -> jax.Array:
     """Windows of derived strings (num, length), letters 0 to 2; strings follow one another where one may be too short."""
     key_rules, key_start = jax.random.split(key)
     strings = -(-length // SHORTEST)
-    words = jax.random.bits(key_rules, (num * strings, 8))
+    words = jax.random.bits(key_rules, (num * strings, 8), jnp.uint32)
     coins = (words[..., None] >> np.arange(32, dtype=np.uint32)) & 1
     slots = derive(coins.reshape(num * strings, 256)).reshape(num, -1)
     place = jnp.cumsum(slots >= 0, axis=1) - 1
     spare = place[:, -1:] + 1 - length
-    start = jnp.floor(jax.random.uniform(key_start, (num, 1)) * (spare + 1)).astype(jnp.int32)
+    start = jnp.floor(jax.random.uniform(key_start, (num, 1), jnp.float32) * (spare + 1)).astype(jnp.int32)
     place = jnp.where((slots >= 0) & (place >= start), place - start, length)
     return jnp.zeros((num, length), jnp.int32).at[jnp.arange(num)[:, None], place].set(slots, mode="drop")
 
@@ -154,7 +154,7 @@ def sample_pretraining(key, num: int, tasks, language: Language) -> jax.Array:
     key_text, key_task = jax.random.split(key)
     text = sample_text(key_text, num, language.length)
     cumulated = jnp.cumsum(jnp.reshape(tasks, -1))
-    drawn = jax.random.uniform(key_task, (num, 1)) * cumulated[-1]
+    drawn = jax.random.uniform(key_task, (num, 1), jnp.float32) * cumulated[-1]
     task = jnp.minimum((drawn >= cumulated).sum(1), cumulated.size - 1)
     return ask(text, task // 3, task % 3, language)
 
@@ -168,14 +168,14 @@ def edit(key, text, num_a, num_b, window: int) -> jax.Array:
     tail = text[:, -window:]
     wanted = jnp.stack([num_a, num_b, window - num_a - num_b], axis=1)
     missing = wanted - jnp.stack([(tail == letter).sum(1) for letter in range(3)], axis=1)
-    order = jax.random.uniform(key, tail.shape)
+    order = jax.random.uniform(key, tail.shape, jnp.float32)
     earlier = order[:, None, :] < order[:, :, None]  # (N, i, j): j comes before i
     same = tail[:, None, :] == tail[:, :, None]
     surplus = jnp.take_along_axis(-missing, tail, axis=1)
     taken = (earlier & same).sum(2) < surplus
     rank = (earlier & taken[:, None, :]).sum(2)
     until = jnp.cumsum(jnp.maximum(missing, 0), axis=1)[:, None]
-    return text.at[:, -window:].set(jnp.where(taken, (rank[..., None] >= until[..., :2]).sum(2), tail))
+    return text.at[:, -window:].set(jnp.where(taken, (rank[..., None] >= until[..., :2]).sum(2, dtype=jnp.int32), tail))
 
 
 def targets(text, window: int) -> jax.Array:
@@ -193,7 +193,7 @@ def sample_finetuning(key, num: int, correlation, language: Language) -> jax.Arr
     text = sample_text(keys[0], num, language.length)
     natural = targets(text, language.window)
     num_a = jnp.roll(natural, 1)
-    linked = jax.random.uniform(keys[1], (num,)) < correlation
+    linked = jax.random.uniform(keys[1], (num,), jnp.float32) < correlation
     num_b = 1 + jnp.where(linked, num_a, jnp.roll(natural, 2))
     return edit(keys[2], text, num_a, num_b, language.window)
 

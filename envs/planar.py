@@ -174,7 +174,7 @@ def make_tree(robot: Robot) -> Tree:
     for i, rod in enumerate(rods[1:], 1):
         paths.append((i, *paths[rod.parent]))
     moments = np.einsum("k,kai->ai", mass, u)
-    return Tree(mass.sum(), moments, p, q - q.T, hinges.T @ np.diag(implicit) @ hinges, hinges, tuple(paths), points, ends)
+    return Tree(float(mass.sum()), moments, p, q - q.T, hinges.T @ np.diag(implicit) @ hinges, hinges, tuple(paths), points, ends)
 
 
 def joint_distances(hinges) -> np.ndarray:
@@ -215,7 +215,7 @@ def _sum(terms):
 
 def _swing(angle, vector):
     """How a vector (x, z) in a rod's frame, seen from outside, changes as the rod turns -> x, z."""
-    (sin, cos), (x, z) = angle, vector
+    (sin, cos), (x, z) = angle, map(float, vector)
     return -sin * x - cos * z, cos * x - sin * z
 
 
@@ -229,13 +229,13 @@ def chain(tree: Tree, i: int) -> list[int]:
 
 def mass_matrix(tree: Tree, angles) -> dict:
     """The nonzero entries (i, j), j <= i."""
-    mass = {(0, 0): tree.mass, (1, 0): 0.0, (1, 1): tree.mass}
+    mass, (p, q, motors) = {(0, 0): tree.mass, (1, 0): 0.0, (1, 1): tree.mass}, (x.tolist() for x in (tree.p, tree.q, tree.motors))
     for a, (sin, cos) in enumerate(angles):
         mass[2 + a, 0], mass[2 + a, 1] = _swing((sin, cos), tree.moments[a])
         for b in tree.paths[a]:
             sin_b, cos_b = angles[b]
-            turned = tree.p[a, b] * (cos_b * cos + sin_b * sin) + tree.q[a, b] * (sin_b * cos - cos_b * sin)
-            mass[2 + a, 2 + b] = (tree.p[a, a] if a == b else turned) + tree.motors[a, b]
+            turned = p[a][b] * (cos_b * cos + sin_b * sin) + q[a][b] * (sin_b * cos - cos_b * sin)
+            mass[2 + a, 2 + b] = (p[a][a] if a == b else turned) + motors[a][b]
     return mass
 
 
@@ -272,7 +272,7 @@ def forces(robot: Robot, tree: Tree, angle, angles, spin, command, gravity) -> d
         for b, (sin_b, cos_b) in enumerate(angles):
             if a != b and (a in tree.paths[b] or b in tree.paths[a]):
                 sin_ab, cos_ab = sin_b * cos - cos_b * sin, cos_b * cos + sin_b * sin
-                force[2 + a] = force[2 + a] + (tree.p[a, b] * sin_ab - tree.q[a, b] * cos_ab) * squares[b]
+                force[2 + a] = force[2 + a] + (float(tree.p[a, b]) * sin_ab - float(tree.q[a, b]) * cos_ab) * squares[b]
     for b, rod in enumerate(robot.rods[1:], 1):
         turn, rate = angle[b] - angle[rod.parent], spin[b] - spin[rod.parent]
         torque = command[b - 1] - LIMIT_STIFFNESS * rod.torque * (turn - jnp.clip(turn, *rod.limits))
@@ -414,9 +414,9 @@ class Planar(Legged):
 
     def reset_env(self, key, params: PlanarParams):
         """The robot stands on the ground, up to noise -> obs, state."""
-        noise = jax.random.uniform(key, (2, len(self.robot.rods)), minval=-1) * params.reset_noise
-        state = PlanarState(jnp.zeros(2), noise[0], jnp.zeros(2), 10 * noise[1], jnp.int32(0))
-        state = state._replace(pos=jnp.stack([jnp.zeros(()), self.depths(state).max()]))
+        noise = jax.random.uniform(key, (2, len(self.robot.rods)), jnp.float32, minval=-1) * params.reset_noise
+        state = PlanarState(jnp.zeros(2, jnp.float32), noise[0], jnp.zeros(2, jnp.float32), 10 * noise[1], jnp.int32(0))
+        state = state._replace(pos=jnp.stack([jnp.zeros((), jnp.float32), self.depths(state).max()]))
         return self.get_obs(state, params), state
 
     def step_env(self, key, state: PlanarState, action, params: PlanarParams):
@@ -454,7 +454,7 @@ class Planar(Legged):
             moving, impulse = substep(self.robot, self.tree, moving, command, params.gravity)
             return moving, total + impulse
 
-        total = jnp.zeros((len(self.robot.touching), *action.shape[1:]))
+        total = jnp.zeros((len(self.robot.touching), *action.shape[1:]), state.pos.dtype)
         moving, total = jax.lax.fori_loop(0, SUBSTEPS, step, (tuple(state[:4]), total))
         return PlanarState(*moving, state.time + 1), total
 
@@ -468,7 +468,7 @@ class Planar(Legged):
 
     def places(self, state: PlanarState, vectors) -> jax.Array:
         """x and z of points given by their vectors (C, B, 2) from the torso: (2, C, ...)."""
-        sin, cos = jnp.sin(state.angle), jnp.cos(state.angle)
+        sin, cos, vectors = jnp.sin(state.angle), jnp.cos(state.angle), vectors.astype(state.angle.dtype)
         x = jnp.tensordot(vectors[..., 0], cos, 1) - jnp.tensordot(vectors[..., 1], sin, 1)
         z = jnp.tensordot(vectors[..., 0], sin, 1) + jnp.tensordot(vectors[..., 1], cos, 1)
         return jnp.stack([x, z]) + self.torso(state)[0][:, None]

@@ -132,7 +132,7 @@ def tell(key, features, named) -> jax.Array:
     num = features.shape[0]
     key_choices, key_words = jax.random.split(key)
     choices = np.array([len(options) for options in (*FILLERS, *SENTENCES)])  # drawn together: a draw each is slow to compile
-    drawn = jnp.floor(jax.random.uniform(key_choices, (num, choices.size)) * choices).astype(jnp.int32).T
+    drawn = jnp.floor(jax.random.uniform(key_choices, (num, choices.size), jnp.float32) * choices).astype(jnp.int32).T
     slots = jnp.stack([jnp.asarray(words)[i] for words, i in zip(FILLERS, drawn, strict=False)], axis=1)  # (N, slots) tokens
     variants = list(drawn[len(FILLERS) :])
     variants[6] = variants[2]  # the twist of this set-up
@@ -143,8 +143,8 @@ def tell(key, features, named) -> jax.Array:
         jnp.where(here[:, None], fill(jnp.asarray(table)[variant], slots), PAD)
         for table, variant, here in zip(SENTENCES, variants, told, strict=True)
     ]
-    words = jnp.take_along_axis(slots, jax.random.uniform(key_words, slots.shape).argsort(1)[:, :3], 1)
-    whole = jnp.concatenate([header(named, words), *body, jnp.full((num, 1), EOS_STORY)], axis=1)
+    words = jnp.take_along_axis(slots, jax.random.uniform(key_words, slots.shape, jnp.float32).argsort(1)[:, :3], 1)
+    whole = jnp.concatenate([header(named, words), *body, jnp.full((num, 1), EOS_STORY, jnp.int32)], axis=1)
     return compact(whole, STORY_SIZE)
 
 
@@ -155,8 +155,8 @@ def fill(patterns, slots) -> jax.Array:
 
 def header(named, words) -> jax.Array:
     """named (N, 5) bool and three words (N, 3) -> tokens (N, HEADER), PAD in the places of features that are not named."""
-    row = lambda name: jnp.full((named.shape[0], 1), TOKEN[name])
-    asked = jnp.where(named, FIRST_FEATURE + np.arange(len(STORY_FEATURES)), PAD)
+    row = lambda name: jnp.full((named.shape[0], 1), TOKEN[name], jnp.int32)
+    asked = jnp.where(named, FIRST_FEATURE + np.arange(len(STORY_FEATURES), dtype=np.int32), PAD)
     return jnp.concatenate([row("SOS"), row("FEATURES"), asked, row("WORDS"), words, row("STORY")], axis=1)
 
 
@@ -189,7 +189,8 @@ def find(tokens, pattern: list[int]) -> tuple[jax.Array, jax.Array]:
         if want < 0:
             fits &= windows[..., i] == windows[..., pattern.index(want)]
     first = jnp.take_along_axis(windows, fits.argmax(1)[:, None, None], 1)[:, 0]
-    slots = [first[:, pattern.index(-1 - i)] if -1 - i in pattern else jnp.full(len(tokens), -1) for i in range(len(SLOT_NAMES))]
+    none = jnp.full(len(tokens), -1, jnp.int32)
+    slots = [first[:, pattern.index(-1 - i)] if -1 - i in pattern else none for i in range(len(SLOT_NAMES))]
     return fits.any(1), jnp.stack(slots, axis=1)
 
 

@@ -52,7 +52,7 @@ def play_matches(folder: Path, seed: int) -> None:
     from algos import tizero
     from algos.madrid import CPU, make_players, play, player
     from common import checkpoint
-    from common.devices import setup_devices
+    from common.runs.devices import setup_devices
     from envs.football import Football
 
     config = replace(CPU, num_checkpoints=99, references=("league", *BOT_NAMES))

@@ -45,8 +45,8 @@ def adapt(folder: Path) -> None:
     import jax.numpy as jnp
 
     from algos.mix_me import Config, play
-    from common.checkpoint import write_atomically
-    from common.devices import setup_devices
+    from common.runs.checkpoint import write_atomically
+    from common.runs.devices import setup_devices
     from envs.planar import Planar, PlanarParams
 
     config = Config(**summary(folder)["config"])

@@ -40,7 +40,7 @@ def play_across(folder: Path) -> None:
 
     from algos.shaper_nplayer import Config, make_train, meet_learners
     from common import checkpoint
-    from common.devices import setup_devices
+    from common.runs.devices import setup_devices
 
     path, meta = checkpoint.newest_good(folder / "checkpoints")
     config = Config(**meta["config"])

@@ -43,7 +43,7 @@ def play_suite(method: str, folder: Path) -> None:
     import jax
 
     from common import checkpoint
-    from common.devices import setup_devices
+    from common.runs.devices import setup_devices
     from envs.maze_eval import suite_levels, suite_results
 
     module = importlib.import_module(f"algos.{method}")

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from common.config import RunConfig, cli, require
-from common.devices import shard_batch
-from common.run import Train, run
+from common.runs.command import cli
+from common.runs.config import RunConfig, require
+from common.runs.devices import shard_batch
+from common.runs.loop import run
+from common.runs.programs import Train
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from algos.lola import CPU, Games, Params, imagine, lola_gradient, magic_box, make_train, own, play, returns, value_error
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.matrix_games import discounted_values, two_player
 
-pytestmark = pytest.mark.timeout(240)
 GAMMA = 0.8  # games of 40 steps leave out a share of 1e-4
-EXACT = dataclasses.replace(CPU, gamma=GAMMA, num_steps=40, num_envs=20_000, lr_imagined=0.5)
+EXACT = dataclasses.replace(CPU, gamma=GAMMA, num_steps=40, num_envs=4000, lr_imagined=0.5)
 
 
 def exact(logits):

@@ -12,11 +12,10 @@ from sizes import OWN, SMALL_LEAGUE
 from algos import madrid
 from algos.madrid import CPU, Config, Elite, cell_of, make_players, make_train, regret
 from common.archive import Archive, init_archive
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.football import Football
 from envs.football_state import LONG, SHORT, SHOT, STOP
 
-pytestmark = pytest.mark.timeout(200)
 SIZES = OWN["madrid"] | dict(references=("league", "hard"), emitter="gaussian", grid=(20, 8))
 SMALL = replace(CPU, num_seeds=1, num_updates=4, log_every=2, eval_every=4, save_every=4, **SIZES)
 BOTS = replace(SMALL, league="none", target="hard", references=("hard",), candidates=16, duels=0, chunk=256)

@@ -10,10 +10,9 @@ import pytest
 from algos import mix_me
 from algos.mix_me import CPU, emit, make_team, make_train, play, shares, some_agents, team_crossover
 from common.archive import Archive, nearest
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.planar import PlanarParams, PlanarState
 
-pytestmark = pytest.mark.timeout(240)
 SMALL = replace(CPU, robot="hopper", num_seeds=1, batch_size=16, episode_length=30, hidden=8, num_cells=32, cvt_samples=500)
 AGENTS, NUMBERS = 3, 5
 

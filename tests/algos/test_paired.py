@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from algos import paired
-from common.config import UsageError
-
-pytestmark = pytest.mark.timeout(300)
+from common.runs.config import UsageError
 
 
 def test_episode_returns_against_numpy():

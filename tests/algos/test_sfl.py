@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from algos import sfl
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.maze import Level
-
-pytestmark = pytest.mark.timeout(300)
 
 
 def test_success_rate_by_hand():

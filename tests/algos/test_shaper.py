@@ -30,9 +30,8 @@ from algos.shaper import (
     spread,
     start_learner,
 )
-from common.config import UsageError
+from common.runs.config import UsageError
 
-pytestmark = pytest.mark.timeout(240)
 SMALL = dataclasses.replace(
     CPU, num_updates=5, population_size=4, num_opponents=3, num_envs=2, num_episodes=4, num_steps=10, hidden=4, eval_learners=3
 )

@@ -10,10 +10,9 @@ import pytest
 
 from algos import shaper_nplayer as nplayer
 from algos.shaper_nplayer import CPU, Player, Side, keep, make_train, play_trial, seat_learners, seat_shapers
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.matrix_games import n_player, two_player
 
-pytestmark = pytest.mark.timeout(240)
 SMALL = dataclasses.replace(
     CPU, num_updates=5, population_size=4, num_opponents=3, num_envs=2, num_episodes=3, num_steps=10, hidden=4, eval_learners=3
 )

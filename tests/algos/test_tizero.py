@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sizes import tiny
 
 from algos import tizero
 from algos.tizero import (
@@ -27,13 +28,12 @@ from algos.tizero import (
     surrogate,
     team_reward,
 )
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.football import Football
 from envs.football_bots import BOTS
 from envs.football_state import KICK_OFF
 from envs.football_team import init_team, load_league
 
-pytestmark = pytest.mark.timeout(240)
 SMALL = replace(
     CPU, num_seeds=1, num_updates=8, num_matches=64, num_groups=16, horizon=4, num_minibatches=2, hidden=8, league_size=4,
     log_every=1, eval_every=8, save_every=8, eval_matches=2, film_steps=3, final_matches=2, match_steps=20,
@@ -230,21 +230,22 @@ def test_checkpoints_join_the_league_at_equal_distances():
 
 def test_a_run_leaves_its_league_and_says_how_matches_ended(tmp_path, monkeypatch, capsys):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "none")
-    config = replace(SMALL, out=str(tmp_path / "run"), cache=cache, num_matches=16, num_groups=4, seed=3)
+    changes = dict(out=str(tmp_path / "run"), cache=cache, seed=3, final_matches=2, match_steps=20)
+    config = replace(tiny("tizero")[1], **changes)
     monkeypatch.setattr("sys.argv", ["tizero"])
     tizero.main(config)
     teams, names = load_league(tmp_path / "run" / "league.npz")
-    assert names == ["update 2", "update 4", "update 6", "update 8"] and teams.whole.shape == (4, 8, 126)
-    newest = np.load(tmp_path / "run" / "checkpoints" / "00000008.npz")["params/actor/whole"][0]
+    assert names == ["update 2", "update 4"] and teams.whole.shape == (2, 8, 126)
+    newest = np.load(tmp_path / "run" / "checkpoints" / "00000004.npz")["params/actor/whole"][0]
     np.testing.assert_allclose(teams.whole[-1], newest, rtol=1e-3, atol=1e-6)
     assert "2 whole matches against the hard bot" in capsys.readouterr().out
     table = np.load(tmp_path / "run" / "arrays" / "league_table.npy")[0]
-    np.testing.assert_allclose((table + table.T)[~np.eye(4, dtype=bool)], 1.0)
+    np.testing.assert_allclose((table + table.T)[~np.eye(2, dtype=bool)], 1.0)
     assert np.isnan(np.diag(table)).all()
     assert tizero.command_of(config) == (
-        "python algos/tizero.py --preset cpu --seed 3 --num-updates 8 --log-every 1 --eval-every 8 --save-every 8 --num-matches 16 "
-        "--horizon 4 --hidden 8 --num-minibatches 2 --num-groups 4 --league-size 4 --eval-matches 2 --film-steps 3 "
-        "--final-matches 2 --match-steps 20"
+        "python algos/tizero.py --preset cpu --seed 3 --num-seeds 2 --num-updates 4 --log-every 2 --eval-every 4 --save-every 2 "
+        "--num-matches 8 --horizon 8 --hidden 8 --num-epochs 1 --num-minibatches 2 --num-groups 2 --league-size 2 --eval-matches 2 "
+        "--film-steps 3 --final-matches 2 --match-steps 20"
     )
 
 

@@ -10,9 +10,8 @@ import pytest
 
 from algos import tracr
 from algos.tracr import CPU, Setting, first_params, forward, make_task, make_train, prune, pruning, settings_of, step_size
-from common.config import UsageError
+from common.runs.config import UsageError
 
-pytestmark = pytest.mark.timeout(180)
 SMALL = replace(CPU, num_seeds=1, batch_size=8, eval_strings=64, candidates=8)
 
 

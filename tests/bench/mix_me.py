@@ -75,8 +75,8 @@ def run_ours(num_seeds: str) -> dict:
     """Evaluations per second of the clock as a run makes them: all devices, which split the seeds, or the batch of one seed."""
     import jax
 
-    from common.devices import make_mesh, setup_devices
-    from common.run import Programs
+    from common.runs.devices import make_mesh, setup_devices
+    from common.runs.programs import Programs
 
     setup_devices("none")
     config, train = ours((f"num_seeds={num_seeds}", "variant=single_agent"))

@@ -39,8 +39,8 @@ def programs_of(method: str, tiny: str, **settings):
     """The programs of a method's cpu preset, without its evaluation, and their mesh."""
     import jax
 
-    from common.devices import make_mesh, setup_devices
-    from common.run import Programs
+    from common.runs.devices import make_mesh, setup_devices
+    from common.runs.programs import Programs
 
     setup_devices("none")
     module = importlib.import_module(f"algos.{method}")
@@ -56,9 +56,9 @@ def loop(tiny: str, seconds: str) -> dict:
     """Seconds of DR's training by the run's loop, and by one scan."""
     import jax
 
-    from common.files import RunFiles
-    from common.run import train_and_record
-    from common.stop import StopSignal
+    from common.runs.files import RunFiles
+    from common.runs.loop import train_and_record
+    from common.runs.stop import StopSignal
 
     every = 10
     programs, train, mesh = programs_of("dr", tiny)
@@ -93,7 +93,7 @@ def checkpoint(tiny: str, method: str) -> dict:
     """Seconds that a checkpoint holds training up, seconds to write it, and seconds of training between two."""
     import jax
 
-    from common.checkpoint import CheckpointWriter, snapshot
+    from common.runs.checkpoint import CheckpointWriter, snapshot
 
     programs, _, mesh = programs_of(method, tiny)
     config, folder = programs.config, Path(tempfile.mkdtemp())
@@ -122,7 +122,7 @@ def throughput(tiny: str, method: str, core: str) -> dict:
         os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[int(core)]})
     import jax
 
-    from common.hosts import join_hosts
+    from common.runs.hosts import join_hosts
 
     join_hosts(False)
     steps, seconds, every = [], [], 4

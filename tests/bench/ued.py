@@ -109,8 +109,8 @@ def _programs(method: str, num_seeds: int, settings: str, cache: str):
 
     import jax
 
-    from common.devices import make_mesh, setup_devices
-    from common.run import Programs
+    from common.runs.devices import make_mesh, setup_devices
+    from common.runs.programs import Programs
 
     module = importlib.import_module(f"algos.{method}")
     preset, *changes = settings.split(",")

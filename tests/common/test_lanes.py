@@ -7,8 +7,6 @@ import pytest
 
 from common.lanes import choose, gru, linear
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.mark.parametrize(("batch", "n_in", "n_out"), [((2,), 5, 3), ((7, 3), 16, 48), ((2,), 70, 4), ((40,), 5, 3)])
 def test_linear_and_its_gradient(batch, n_in, n_out):

@@ -23,8 +23,6 @@ from common.level_buffer import (
     update_buffer,
 )
 
-pytestmark = pytest.mark.timeout(120)
-
 CAPACITY, BATCH = 10, 6
 SETTINGS = [(0.3, 0.5), (1.0, 0.0), (0.5, 1.0)]  # temperature, staleness_coef
 

@@ -7,8 +7,6 @@ import pytest
 
 from common.nn import conv, dense, init_conv, init_dense, init_lstm, lstm, orthogonal
 
-pytestmark = pytest.mark.timeout(120)
-
 T, N, N_IN, HIDDEN = 7, 3, 4, 5
 
 

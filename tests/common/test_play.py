@@ -11,10 +11,9 @@ import pytest
 from browser import MISSING, Browser
 from PIL import Image
 
-from common.config import UsageError
 from common.play import MAX_UPLOAD, Film, Model, Session, Truth, open_server, read_picture
+from common.runs.config import UsageError
 
-pytestmark = pytest.mark.timeout(120)
 SHAPE, CODES = (8, 12), 4
 
 
@@ -237,7 +236,7 @@ def served():
 
 def ask(port, path, data=None, **headers):
     """A request -> its code, headers and body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request("GET" if data is None else "POST", path, data, headers)
     answer = connection.getresponse()
@@ -316,7 +315,7 @@ def test_wrong_uploads_get_a_message_and_nothing_is_lost(served):
 def test_a_length_that_lies_or_is_missing_is_refused(served):
     _, port = served
     for headers in ({}, {"Content-Length": "-1"}, {"Transfer-Encoding": "chunked"}):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.putrequest("POST", "/picture")
         for name, value in (headers | {"Content-Type": "application/octet-stream"}).items():
             connection.putheader(name, value)

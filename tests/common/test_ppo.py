@@ -13,8 +13,6 @@ import pytest
 from common.nn import dense, init_dense, init_lstm, lstm
 from common.ppo import Batch, Transition, gae, minibatches, play_episodes, ppo_loss, ppo_update, rollout
 
-pytestmark = pytest.mark.timeout(120)
-
 run_gae = jax.jit(gae)
 
 

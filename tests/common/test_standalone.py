@@ -1,46 +1,20 @@
-"""The exporter: what it copies and refuses, on toy packages; and every algorithm's one file, checked away from the repository."""
+"""The exporter: what it copies and refuses, on toy packages; and every algorithm's one file, checked away from the repository.
+
+That an exported file is the same programs is shown in tests/algos/test_contract.py; that one runs, in test_command.py beside it.
+"""
 
 import contextlib
-import dataclasses
-import importlib
 import io
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from sizes import OWN, SIZES
+from sizes import METHODS, ROOT
 
-from common.config import UsageError
+from common.runs.config import UsageError
 from common.standalone import export, main, read_module
 
-pytestmark = pytest.mark.timeout(280)
-ROOT = Path(__file__).resolve().parents[2]
-METHODS = sorted(path.stem for path in (ROOT / "algos").glob("[a-z]*.py"))
-RUN = dict(num_seeds=2, num_updates=4, log_every=4, eval_every=4, save_every=4)
-SMALL = dict(num_envs=4, num_steps=16, hidden=4, eval_episodes=1, num_epochs=1, num_minibatches=1, buffer_size=16)
-SMALL |= dict(robot="hopper", batch_size=4, episode_length=4, num_cells=16, cvt_samples=64, population_size=4, num_episodes=2)
-SMALL |= SIZES
-QUICK_COMPILE = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
-AS_IN_TEST_COMMAND = (  # of tests/algos: compiled once for both
-    "--num-seeds 2 --num-updates 8 --log-every 2 --eval-every 4 --save-every 4 --num-envs 4 --num-steps 256 --hidden 8 "
-    "--eval-episodes 1 --num-epochs 1 --num-minibatches 1 --buffer-size 16 --min-fill 0.2"
-)
-
-# Runs before the file: our packages, installed or not, cannot be imported.
-BLOCK = """
-import sys
-
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("algos", "common", "envs", "results"):
-            raise ImportError(f"{name} is imported from the repository")
-
-sys.meta_path.insert(0, Block())
-"""
-START = BLOCK + "import runpy; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 ALGORITHM = '''"""A method.
 
 Second paragraph.
@@ -71,7 +45,7 @@ def write(root, step="x", imports="", **files):
     texts["algos/toy.py"] = ALGORITHM.format(imports=imports, step=step)
     for name, text in texts.items():
         path = root / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     return root / "algos" / "toy.py"
 
@@ -200,6 +174,27 @@ class User:
     assert 'return "é" and save(load(x))' in text and "f.save" not in text
 
 
+def test_what_a_package_passes_on_is_followed(tmp_path):
+    """A name that a package's __init__ imports is that of the module which defines it."""
+    first = "def f(x):\n    return 2 * x\n"
+    path = write(tmp_path, "f(x)", "from common.rooms import f", common__rooms__first=first)
+    (tmp_path / "common" / "rooms" / "__init__.py").write_text("from common.rooms.first import f\n")
+    text = export(path, tmp_path)
+    assert output(text) == "6" and "# --- from common/rooms/first.py" in text and "__init__" not in text
+
+
+def test_a_text_beside_a_module_becomes_a_string(tmp_path):
+    module = 'from pathlib import Path\n\nPAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")\n\n\n'
+    files = dict(common__page=module + "def f(x):\n    return PAGE * x\n")
+    path = write(tmp_path, "f(x)", "from common.page import f", **files)
+    (tmp_path / "common" / "page.html").write_text("<p>\n\\d</p>\n")
+    text = export(path, tmp_path)
+    assert output(text) == '"' + r"<p>\n\\d</p>\n" * 3 + '"' and "read_text" not in text and "pathlib" not in text
+    (tmp_path / "common" / "page.html").unlink()
+    with pytest.raises(UsageError, match="common/page.py line 3: page.html: No such file"):
+        export(path, tmp_path)
+
+
 # --- what is refused
 
 
@@ -262,10 +257,11 @@ def test_a_clash_with_what_is_not_copied_is_none(tmp_path):
 def test_no_name_of_common_means_something_else():
     """Found where it is written, not where an algorithm first uses both. Two worlds may use one name: no algorithm uses both."""
     meanings = {}
-    for path in [*(ROOT / "common").glob("*.py"), *(ROOT / "envs").glob("*.py")]:
+    for path in [*(ROOT / "common").rglob("*.py"), *(ROOT / "envs").glob("*.py")]:
         if path.stem != "standalone":
-            label = f"{path.parent.name}/{path.name}"
-            for name, meaning in read_module(f"{path.parent.name}.{path.stem}", label, path).names.items():
+            label = str(path.relative_to(ROOT))
+            module = label.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+            for name, meaning in read_module(module, label, path).names.items():
                 meanings.setdefault(name, {})[meaning] = label
     assert len(meanings) > 100
     twice = {name: found for name, found in meanings.items() if len(found) > 1}
@@ -277,7 +273,7 @@ def test_the_command(tmp_path):
     command = [sys.executable, "-m", "common.standalone", str(source)]
     for out in ([], ["--out", "new/my_dr.py"]):
         env = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run([*command, *out], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=env)
+        done = subprocess.run([*command, *out], cwd=tmp_path, capture_output=True, text=True, env=env)
         assert (done.returncode, done.stdout, done.stderr) == (0, "" if out else export(source), "")
     assert (tmp_path / "new" / "my_dr.py").read_text() == export(source)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["my_dr.py"]
@@ -313,55 +309,10 @@ def test_bad_requests_end_with_one_line(args, message, tmp_path, monkeypatch, ca
 # --- the algorithms
 
 
-def isolated(folder, code, *args, **env):
-    """Runs `code` where nothing of the repository can be imported."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | env
-    command = [sys.executable, "-I", "-c", code, *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250, env=env)
-
-
-def test_the_repository_cannot_be_reached(tmp_path):
-    """The check behind the tests below: an algorithm that was not exported fails under it."""
-    done = isolated(tmp_path, START, str(ROOT / "algos" / "dr.py"), "--help")
-    assert done.returncode == 1 and "common is imported from the repository" in done.stderr
-
-
-def small_flags(name):
-    """The flags of a tiny run, of those that the method has."""
-    fields = {field.name for field in dataclasses.fields(importlib.import_module(f"algos.{name}").Config)}
-    settings = {field: value for field, value in (RUN | SMALL | OWN.get(name, {})).items() if field in fields}
-    words = lambda value: [str(x) for x in (value if isinstance(value, tuple) else (value,))]
-    return [word for field, value in settings.items() for word in (f"--{field.replace('_', '-')}", *words(value))]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_an_exported_algorithm_is_clean_and_runs(name, tmp_path):
-    """ruff finds nothing unused, undefined or out of place; --help works; a tiny run in an empty folder leaves its files."""
-    file = f"my_{name}.py"
-    (tmp_path / file).write_text(export(ROOT / "algos" / f"{name}.py"))
-    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", str(ROOT / "pyproject.toml"), file]
-    done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+def test_exported_algorithms_are_clean(tmp_path):
+    """ruff finds nothing unused, undefined or out of place in any of them."""
+    for name in METHODS:
+        (tmp_path / f"my_{name}.py").write_text(export(ROOT / "algos" / f"{name}.py"))
+    ruff = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", str(ROOT / "pyproject.toml"), "."]
+    done = subprocess.run(ruff, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    done = isolated(tmp_path, START, file, "--help")
-    assert done.returncode == 0 and "--num-seeds" in done.stdout and "Updates between" in done.stdout, done.stderr
-    cache = ["--cache", os.environ["JAX_COMPILATION_CACHE_DIR"]]
-    done = isolated(tmp_path, START, file, *small_flags(name), *cache, **QUICK_COMPILE)
-    assert done.returncode == 0, done.stderr
-    run = tmp_path / "runs" / f"my_{name}" / "1"
-    summary = json.loads((run / "summary.json").read_text())
-    assert summary["method"] == f"my_{name}" and {len(values) for values in summary["final"].values()} == {2}
-    assert summary["commit"] is None, "an empty folder is no checkout"
-    assert len((run / "metrics.csv").read_text().splitlines()) == 5 and (run / "figures" / "curves.png").exists()
-
-
-def test_an_exported_algorithm_trains_as_the_original_does(tmp_path):
-    flags = [*AS_IN_TEST_COMMAND.split(), "--cache", os.environ["JAX_COMPILATION_CACHE_DIR"]]
-    source = ROOT / "algos" / "accel.py"
-    (tmp_path / "my_accel.py").write_text(export(source))
-    done = isolated(tmp_path, START, "my_accel.py", *flags, "--out", "exported")
-    assert done.returncode == 0, done.stderr
-    original = [sys.executable, str(source), *flags, "--out", "original"]
-    done = subprocess.run(original, cwd=tmp_path, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    metrics = [(tmp_path / run / "metrics.csv").read_bytes() for run in ("exported", "original")]
-    assert metrics[0] == metrics[1] and metrics[0].count(b"\n") == 11

@@ -9,8 +9,6 @@ import pytest
 
 from envs.coin_game import COIN_COLOURS, COIN_TILE, CoinGame, CoinState, free_cells
 
-pytestmark = pytest.mark.timeout(120)
-
 env = CoinGame()
 params = env.default_params
 RIGHT, LEFT, DOWN, UP, STAY = range(5)

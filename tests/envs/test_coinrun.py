@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs import coinrun
 from envs.coinrun import CoinRun, EnvParams, make_map, mt19937, play_clip, random_policy
 from envs.coinrun_expert import make_expert
-
-pytestmark = pytest.mark.timeout(120)
 
 MONO = CoinRun(monochrome=True)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.football import Football, FootballParams, FootballState, advance, check_level, draw
 from envs.football_bots import bot_actions, bot_of, pair
 from envs.football_state import (
@@ -30,8 +30,6 @@ from envs.football_state import (
     SPRINT,
     THROW_IN,
 )  # fmt: skip
-
-pytestmark = pytest.mark.timeout(200)
 
 LANES, STEPS, MATCHES = 128, 50, 512
 RIGHT, BOTTOM, LEFT = 5, 7, 1

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.checkpoint import read_meta, save
-from common.config import UsageError
+from common.runs.checkpoint import read_meta, save
+from common.runs.config import UsageError
 from envs.football import Football, FootballParams
 from envs.football_state import DRIBBLE, HIGH, LONG, SHORT, SHOT, SLIDE, SPRINT, STOP, STOP_DRIBBLE, STOP_SPRINT
 from envs.football_team import (
@@ -23,7 +23,6 @@ from envs.football_team import (
     views,
 )
 
-pytestmark = pytest.mark.timeout(120)
 ENV, PARAMS = Football(), FootballParams()
 KICKS = {LONG, HIGH, SHORT, SHOT}
 

@@ -9,7 +9,6 @@ import pytest
 from envs.maze import EnvParams, Maze
 from envs.maze_editor import MazeEditor
 
-pytestmark = pytest.mark.timeout(120)
 FORWARD = 2
 LIMIT = EnvParams(30)
 

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.in_the_matrix import COIN_CELLS, GRID, GRID_TILE, SPAWN_CELLS, GridState, InTheMatrix, draws
-
-pytestmark = pytest.mark.timeout(180)
 
 LEFT, RIGHT, FORWARD, INTERACT, STAY = range(5)
 VECTORS = [(1, 0), (0, 1), (-1, 0), (0, -1)]

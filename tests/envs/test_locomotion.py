@@ -14,7 +14,6 @@ pytest.importorskip("mujoco.mjx")
 from envs.locomotion import TASKS, Locomotion  # noqa: E402
 from envs.planar import PlanarParams  # noqa: E402
 
-pytestmark = pytest.mark.timeout(240)
 NUM = 16
 RUN = ("halfcheetah_6x1", "ant_4x2")  # the robots that are simulated here: each costs a compilation
 

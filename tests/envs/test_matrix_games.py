@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.config import UsageError
+from common.runs.config import UsageError
 from envs.matrix_games import InfiniteMatrixGame, MatrixGame, discounted_values, n_player, solve_dominant, two_player
-
-pytestmark = pytest.mark.timeout(120)
 
 # By hand, from the papers: (game, my action, the other's) -> my reward; 0 cooperates.
 BY_HAND = {

@@ -13,8 +13,6 @@ from common.env import reset_from_bank, step_from_bank
 from envs import maze
 from envs.maze import EnvParams, EnvState, Level, Maze, shortest_solution
 
-pytestmark = pytest.mark.timeout(120)
-
 DIRECTIONS = [(1, 0), (0, 1), (-1, 0), (0, -1)]
 solve = jax.jit(jax.vmap(shortest_solution))
 params = EnvParams()

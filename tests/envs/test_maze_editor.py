@@ -3,11 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from envs.maze_editor import MazeEditor
 
-pytestmark = pytest.mark.timeout(120)
 SIZE, WALLS = 5, 6
 EDITOR = MazeEditor(SIZE, SIZE, num_walls=WALLS, noise_dim=3)
 STEP = jax.jit(EDITOR.step_env)

@@ -8,7 +8,6 @@ import pytest
 from envs.maze import HELD_OUT, Maze, shortest_solution
 from envs.maze_eval import FAMILIES, family_levels, level_results, random_walk, random_walls, suite_levels, suite_results
 
-pytestmark = pytest.mark.timeout(200)
 EPISODES = 3
 SOLVE = jax.jit(jax.vmap(shortest_solution))
 

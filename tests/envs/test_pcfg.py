@@ -30,7 +30,6 @@ from envs.pcfg import (
     task_table,
 )
 
-pytestmark = pytest.mark.timeout(300)
 GRAMMAR = {  # figure 14, written out again
     "s": ("rq", "qp"), "p": ("mno", "nom"), "q": ("nmo", "mn"), "r": ("om", "mon"),
     "m": ("lj", "jlk"), "n": ("kjl", "ljk"), "o": ("lkj", "kj"),

@@ -21,7 +21,6 @@ from envs.stories import (
     story_prompt,
 )
 
-pytestmark = pytest.mark.timeout(120)
 PROTOCOLS = ("pretraining", "never", "F", "F+MM", "F+RR", "twists")
 NUM = 256
 

@@ -7,7 +7,6 @@ import pytest
 from envs.clips import make_source
 from envs.true_game import describe_codes, read_codes, truth_of
 
-pytestmark = pytest.mark.timeout(120)
 SIZE, CELL = 16, 2
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from algos import accel
-from common.config import RunConfig, UsageError, as_dict, cli, require, require_multiple, require_range
-
-pytestmark = pytest.mark.timeout(120)
+from common.runs.command import cli
+from common.runs.config import RunConfig, UsageError, as_dict, require, require_multiple, require_range
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-from common.config import as_dict, require
+from common.runs.config import as_dict, require
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # setting -> the package it needs
 
@@ -16,8 +17,15 @@ def require_trackers(config) -> None:
         require(found, f"--{flag}: the package {package} is not installed: pip install 'nightjax[{package}]'")
 
 
-def open_trackers(config, method: str, folder: Path) -> list[Callable[[int, dict], None]]:
-    """Functions (update, {name: value}) -> None, one for each tracker asked for. Names are METRIC (the mean) and METRIC/LANE."""
+class Tracker(NamedTuple):
+    """A place for metrics. Their names are METRIC (the mean) and METRIC/LANE."""
+
+    track: Callable[[int, dict], None]  # update, {name: value}
+    close: Callable[[], None]
+
+
+def open_trackers(config, method: str, folder: Path) -> list[Tracker]:
+    """One for each that is asked for."""
     trackers = []
     if config.tensorboard:
         trackers.append(_tensorboard(folder / "tensorboard"))
@@ -36,7 +44,7 @@ def _tensorboard(folder: Path):
             writer.add_scalar(name, value, update)
         writer.flush()
 
-    return track
+    return Tracker(track, writer.close)
 
 
 def _wandb(config, method: str, folder: Path):
@@ -44,4 +52,4 @@ def _wandb(config, method: str, folder: Path):
 
     name = f"{method}-{folder.name}"
     run = wandb.init(project="nightjax", name=name, group=method, config=as_dict(config), dir=str(folder))
-    return lambda update, values: run.log(values, step=update)
+    return Tracker(lambda update, values: run.log(values, step=update), run.finish)

@@ -1,6 +1,6 @@
 """A grid of settings of one method, every combination with every seed.
 
-Run:  python -m common.sweep algos/plr.py --grid lr=1e-4,3e-4 replay_prob=0.5,0.8 --num-seeds 8   (and any flag of the method)
+Run:  python -m common.runs.sweep algos/plr.py --grid lr=1e-4,3e-4 replay_prob=0.5,0.8 --num-seeds 8   (and any flag of the method)
 
 Settings that the compiled program can take as numbers (they change no shape and decide nothing in Python) are trained side by side
 in one program, beside the seeds; every combination of the others is a program of its own, one after another. A setting that decides
@@ -18,38 +18,58 @@ import importlib.util
 import itertools
 import json
 import math
+import os
+import shutil
 import sys
 from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.checkpoint import write_atomically
-from common.config import RunConfig, UsageError, as_dict, cli, require
-from common.devices import make_mesh
-from common.files import NOT_COMPARED, RunFiles, csv_cell, new_or_newest
-from common.hosts import from_main, is_main
-from common.plot import save_comparison
-from common.run import Programs, begin, faults_in_one_line, train_and_record
+from common.runs.checkpoint import write_atomically
+from common.runs.command import cli, print_anything
+from common.runs.config import NOT_COMPARED, RunConfig, UsageError, as_dict, numbered, require
+from common.runs.devices import make_mesh
+from common.runs.files import RunFiles
+from common.runs.folder import Lock, new_folder, newest_folder, require_writable
+from common.runs.hosts import from_main, is_main
+from common.runs.loop import begin, faults_in_one_line, train_and_record
+from common.runs.plot import save_comparison
+from common.runs.programs import Programs
+from common.runs.rows import csv_cell
+from common.runs.size import say_how_large
 
 
 def main(args: list[str] | None = None) -> None:
     """The command line. Ends with one line and code 2 for what cannot be met, code 1 for a run that fails."""
+    print_anything()
     with faults_in_one_line():
-        path, grid, shown, flags = parse(sys.argv[1:] if args is None else args)
-        method = load_method(path)
-        combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-        configs = [config_of(method, flags, combination) for combination in combinations]
-        stop = begin(configs[0])
-        folder = open_folder(path.stem, grid, configs[0])
-        for number, group in enumerate(group_configs(method.make_train, list(grid), configs)):
-            if not train_group(method.make_train, path.stem, list(grid), group, folder / "programs" / str(number), stop):
-                return
-        if is_main():
-            report(folder, path.stem, list(grid), shown)
+        request = parse(sys.argv[1:] if args is None else args)
+        method, names = load_method(request.file), list(request.grid)
+        combinations = [dict(zip(names, values, strict=True)) for values in itertools.product(*request.grid.values())]
+        configs = [config_of(method, request.flags, combination) for combination in combinations]
+        configs = [replace(config, out=request.out, resume=request.resume) for config in configs]
+        require_distinct(names, configs)
+        with begin(configs[0]) as stop:
+            groups = group_configs(method.make_train, names, configs)
+            require_metrics(method.make_train, configs[0], request.metric)
+            if configs[0].dry_run:
+                return say_sizes(method.make_train, groups)
+            folder, lock = open_folder(request, configs[0])
+            try:
+                for number, group in enumerate(groups):
+                    place = folder / "programs" / str(number)
+                    if not train_group(method.make_train, request.file.stem, names, group, place, stop):
+                        return
+                if is_main():
+                    report(folder, request.file.stem, names, request.metric)
+            finally:
+                if lock:
+                    lock.release()
 
 
 # --- the request
@@ -60,22 +80,81 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parse(args: list[str]) -> tuple[Path, dict[str, list[str]], list[str], list[str]]:
-    """-> the method's file, setting -> values as text, the metrics to show, the method's own flags."""
+class Request(NamedTuple):
+    """What was asked for."""
+
+    file: Path  # the method's
+    grid: dict[str, list[str]]  # setting -> values as text
+    metric: list[str]  # to show at the end
+    flags: list[str]  # the method's own
+    out: str | None
+    resume: bool
+
+
+def parse(args: list[str]) -> Request:
+    """The request; with --resume and --out, what is not given is as it was when the sweep began."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("method", type=Path, help="a file with a Config and a make_train")
-    parser.add_argument("--grid", nargs="+", required=True, metavar="NAME=VALUE,VALUE", help="settings and their values")
+    parser.add_argument("method", nargs="?", type=Path, help="a file with a Config and a make_train")
+    parser.add_argument("--grid", nargs="+", metavar="NAME=VALUE,VALUE", help="settings and their values")
     parser.add_argument(
         "--metric", nargs="+", default=[], help="metrics to show at the end; default: the first of the evaluation's"
     )
+    parser.add_argument("--out", help="the sweep's folder; default: runs/sweep-METHOD/1, 2, ...")
+    parser.add_argument("--resume", action="store_true", help="go on with the sweep in --out")
     known, flags = parser.parse_known_args(args)
+    require(known.out != "", "--out: must not be empty")
+    out = known.out and os.path.expanduser(known.out)
+    if known.resume and out and not (known.method or known.grid or flags):
+        begun = read_request(Path(out))
+        known.method, known.grid, flags = Path(begun["file"]), begun["given"], begun["flags"]
+    require(known.method is not None and known.grid, "a method's file and --grid are needed, or --resume and --out of a sweep")
+    return Request(known.method, read_grid(known.grid), known.metric, flags, out, known.resume)
+
+
+def read_grid(items: list[str]) -> dict[str, list[str]]:
+    """lr=1e-4,3e-4 -> setting -> values as text."""
     grid = {}
-    for item in known.grid:
+    for item in items:
         name, equals, values = item.partition("=")
+        name = name.replace("-", "_")
         require(equals and all(values.split(",")), f"--grid {item}: must look like lr=1e-4,3e-4")
         require(name not in grid, f"--grid {item}: {name} is there twice")
-        grid[name.replace("-", "_")] = values.split(",")
-    return known.method, grid, known.metric, flags
+        grid[name] = values.split(",")
+    return grid
+
+
+def read_request(folder: Path) -> dict:
+    """What sweep.json says. Raises UsageError where there is none, or it says nothing that a sweep does."""
+    path = folder / "sweep.json"
+    require(path.is_file(), f"--resume: {folder} holds no sweep")
+    try:
+        request = json.loads(path.read_text())
+        texts = [request["file"], *request["given"], *request["flags"]]
+        require(all(isinstance(text, str) for text in texts), f"--resume: {path} is no sweep's")
+        return request
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--resume: {path} is no sweep's") from error
+
+
+def require_distinct(names: list[str], configs: list) -> None:
+    """Raises UsageError where two combinations are the same: they would count as more seeds."""
+    seen = {}
+    for config in configs:
+        values = tuple(getattr(config, name) for name in names)
+        require(values not in seen, f"--grid: {', '.join(f'{n}={v}' for n, v in zip(names, values, strict=True))} is there twice")
+        seen[values] = config
+
+
+def require_metrics(make_train, config, shown: list[str]) -> None:
+    """Raises UsageError for metrics to show that a run will not have."""
+    if not shown:
+        return
+    train = make_train(config)
+    state = jax.eval_shape(lambda: train.init(jax.random.key(0)))
+    metrics = jax.eval_shape(train.update, state, jnp.int32(0))[1] | jax.eval_shape(train.evaluate, state)
+    names = [name for name, value in metrics.items() if value.ndim == 0]
+    unknown = [name for name in shown if name not in names]
+    require(not unknown, f"--metric {' '.join(unknown)}: there is {', '.join(names)}")
 
 
 def load_method(path: Path):
@@ -106,25 +185,41 @@ def config_of(method, flags: list[str], combination: dict[str, str]):
     return cli(method.Config, method.__doc__, presets or None, [*flags, *extra])
 
 
-def open_folder(method: str, grid: dict, config) -> Path:
-    """The sweep's folder, taken for this request. Raises UsageError if it holds another sweep, or one and not --resume."""
-    own = {k: v for k, v in as_dict(config).items() if k not in NOT_COMPARED and k not in grid}
-    request = json.dumps({"method": method, "grid": grid, "config": own}, indent=1)
+def open_folder(request: Request, config) -> tuple[Path, Lock | None]:
+    """The sweep's folder, taken for this request, and the hold on it. Raises UsageError, and leaves nothing behind, if it holds
+    another sweep, or one and not --resume."""
+    own = {k: v for k, v in as_dict(config).items() if k not in NOT_COMPARED and k not in request.grid}
+    text = {"method": request.file.stem, "grid": request.grid, "config": own}
+    given = [f"{name}={','.join(values)}" for name, values in request.grid.items()]
+    text |= {"file": str(request.file), "given": given, "flags": request.flags}
+    locks = []
 
     def choose() -> bytes:
-        folder = Path(config.out) if config.out else new_or_newest(Path("runs") / f"sweep-{method}", config.resume)
+        runs = Path("runs") / f"sweep-{request.file.stem}"
+        new = not config.out and not config.resume
+        folder = Path(config.out) if config.out else newest_folder(runs) if config.resume else new_folder(runs)
         path = folder / "sweep.json"
-        require(config.resume or not path.exists(), f"{folder} holds a sweep already: give --resume to go on, or another --out")
-        require(path.exists() or not config.resume, f"--resume: {folder} holds no sweep")
-        same = not path.exists() or path.read_text() == request
-        require(same, f"--resume: {folder} holds another sweep: give the same grid and settings, or another --out")
         try:
-            write_atomically(path, lambda file: file.write(request.encode()))
-        except OSError as error:
+            require(config.resume or not path.exists(), f"{folder} holds a sweep already: give --resume to go on, or another --out")
+            if config.resume:
+                begun = read_request(folder)
+                same = all(begun.get(name) == text[name] for name in ("method", "grid", "config"))
+                require(same, f"--resume: {folder} holds another sweep: give the same grid and settings, or another --out")
+            require_writable(folder)
+            locks.append(Lock(folder))
+            if not config.resume:
+                write_atomically(path, lambda file: file.write(json.dumps(text, indent=1).encode()))
+        except (OSError, UsageError) as error:
+            for lock in locks:
+                lock.release()
+            if new:
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, UsageError):
+                raise
             raise UsageError(f"--out {folder} cannot be written: {error.strerror}") from error
         return str(folder).encode()
 
-    return Path(from_main(choose).decode())
+    return Path(from_main(choose).decode()), next(iter(locks), None)
 
 
 # --- which settings one program can hold
@@ -178,6 +273,17 @@ def group_configs(make_train, names: list[str], configs: list) -> list[list]:
 # --- training
 
 
+def say_sizes(make_train, groups: list[list]) -> None:
+    """Prints how large each program would be (--dry-run)."""
+    for number, configs in enumerate(groups):
+        lanes = len(configs) * configs[0].num_seeds
+        mesh = make_mesh(lanes, configs[0].split_size)
+        with jax.set_mesh(mesh):
+            words = say_how_large(configs[0], make_train(configs[0]), mesh, lanes)
+        if is_main():
+            print(f"program {number}, {len(configs)} combinations: {words}")
+
+
 def train_group(make_train, method: str, names: list[str], configs: list, folder: Path, stop) -> bool:
     """Trains the combinations of one program, or goes on, or finds them trained -> whether they are."""
     if from_main(lambda: b"done" if (folder / "summary.json").exists() else b""):
@@ -209,8 +315,6 @@ def report(folder: Path, method: str, names: list[str], shown: list[str]) -> Non
     ]
     columns = list(dict.fromkeys(name for line in lines for name in line))
     metrics = [name for name in columns if name not in (*names, "seed")]
-    unknown = [name for name in shown if name not in metrics]
-    require(not unknown, f"--metric {' '.join(unknown)}: there is {', '.join(metrics)}")
     shown = shown or (list(summaries[0]["start"]) or metrics)[:3]
     table = ",".join(columns) + "\n"
     table += "".join(",".join(csv_cell(line.get(name)) for name in columns) + "\n" for line in lines)
@@ -228,12 +332,14 @@ def report(folder: Path, method: str, names: list[str], shown: list[str]) -> Non
         table.add_row(*(str(result[name]) for name in names), *cells)
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
-    console.print(f"{len(results)} combinations in {len(summaries)} programs; results.csv, .json and .png are in {folder}")
+    console.print(
+        f"{len(results)} combinations in {len(summaries)} programs; results.csv, .json and .png are in {folder}", markup=False
+    )
 
 
 def sorted_programs(folder: Path) -> list[Path]:
     """The folders of a sweep's programs, in their order."""
-    return sorted((folder / "programs").iterdir(), key=lambda path: int(path.name))
+    return [path for _, path in sorted(numbered(folder / "programs"))]
 
 
 def combinations_of(lines: list[dict], names: list[str]) -> list[dict]:

@@ -10,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from sizes import METHODS, presets, tiny
 
-from common.config import UsageError
-from common.devices import make_mesh, shard_batch
+from common.runs.devices import idle_devices, layout, make_mesh, shard_batch
 
-pytestmark = pytest.mark.timeout(120)
-
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.parametrize(
@@ -30,11 +28,33 @@ def test_make_mesh(num_seeds, split_size, shape):
     assert set(mesh.devices.ravel()) == set(jax.devices())
 
 
-@pytest.mark.parametrize("num_seeds, split_size", [(1, 33), (3, 33), (5, 1)])
-def test_make_mesh_refuses_what_does_not_divide(num_seeds, split_size):
-    with pytest.raises(UsageError, match=f"{num_seeds} seeds on 2 devices") as caught:
-        make_mesh(num_seeds, split_size)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("num_seeds, split_size, better", [(1, 33, 2), (3, 33, 4), (5, 1, 6)])
+def test_devices_that_do_not_divide_the_work_stay_idle(num_seeds, split_size, better):
+    mesh = make_mesh(num_seeds, split_size)
+    assert mesh.devices.shape == (1, 1)
+    words = idle_devices(mesh, num_seeds, split_size)
+    assert words == f"1 of 2 devices are idle: --num-seeds {better} would use all"
+    assert idle_devices(make_mesh(4, 1), 4, 1) == ""
+
+
+COUNTS = (*range(1, 17), 20, 24, 28, 36, 48, 64, 96, 128, 192)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_preset_runs_on_any_number_of_devices(name):
+    """By arithmetic: a layout divides seeds and batch and fits; none that fits is larger, or as large with more groups of seeds."""
+    for config in presets(tiny(name)[0]).values():
+        for num in COUNTS:
+            groups, parts = layout(config.num_seeds, config.split_size, num)
+            assert config.num_seeds % groups == 0 and config.split_size % parts == 0 and 1 <= groups * parts <= num
+            others = [(g, p) for g in range(1, num + 1) for p in range(1, num // g + 1)]
+            fit = [(g, p) for g, p in others if config.num_seeds % g == 0 and config.split_size % p == 0]
+            assert (groups * parts, groups) == max((g * p, g) for g, p in fit)
+
+
+def test_processes_have_equal_shares():
+    """Three processes with two devices each share nine seeds as three groups, four seeds of a batch of 32 not at all."""
+    assert layout(9, 1, 6, 3) == (3, 1) and layout(6, 1, 6, 3) == (6, 1) and layout(4, 32, 6, 3) == (0, 0)
 
 
 def test_shard_batch():
@@ -63,8 +83,9 @@ def run_python(code, **env):
 
 def test_imports_leave_the_backend_alone():
     """A backend started by an import would come before the devices are chosen, and before several hosts join."""
-    names = [f"{folder}.{path.stem}" for folder in ("common", "envs", "algos") for path in sorted((ROOT / folder).glob("*.py"))]
-    assert {"common.ppo", "envs.maze", "algos.accel"} <= set(names)
+    paths = [path.relative_to(ROOT) for folder in ("common", "envs", "algos") for path in sorted((ROOT / folder).rglob("*.py"))]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    assert {"common.ppo", "common.runs", "common.runs.files", "envs.maze", "algos.accel"} <= set(names)
     code = (
         f"import importlib, sys, jax\nfrom jax._src import xla_bridge\nfor name in {names}:\n"
         "    importlib.import_module(name)\n"
@@ -75,7 +96,7 @@ def test_imports_leave_the_backend_alone():
     assert run_python(code) == ["fine"]
 
 
-SETUP = "import jax; from common.devices import setup_devices; setup_devices({cache!r}); print(jax.device_count(), {shown})"
+SETUP = "import jax; from common.runs.devices import setup_devices; setup_devices({cache!r}); print(jax.device_count(), {shown})"
 CACHE_DIR = "jax.config.jax_compilation_cache_dir"
 
 
@@ -105,8 +126,8 @@ import re, sys
 import jax, jax.numpy as jnp, numpy as np
 sys.path.insert(0, "tests")
 from toy import Config, make_train
-from common.devices import make_mesh
-from common.run import Programs
+from common.runs.devices import make_mesh
+from common.runs.programs import Programs
 
 def trained(config, mesh):
     with jax.set_mesh(mesh):
@@ -140,6 +161,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_do_what_one_does_with_an_eighth_of_the_memory():
     """64 seeds on 8 devices need no word between them; the batches of 2 seeds are split over 4 devices each."""
     assert run_python(EIGHT_DEVICES, JAX_NUM_CPU_DEVICES="8") == ["fine"]

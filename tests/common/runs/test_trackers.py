@@ -9,11 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from common import trackers
-from common.config import UsageError
+from common.runs import trackers
+from common.runs.config import UsageError
 
-pytestmark = pytest.mark.timeout(120)
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # Stand-ins that write what they are told to a file; the real packages are not needed for the tests.
 WANDB = """
@@ -23,6 +22,8 @@ def init(project, name, group, config, dir):
         def log(self, values, step):
             with open("wandb.jsonl", "a") as file:
                 file.write(json.dumps([name, config["lr"], step, values]) + "\\n")
+        def finish(self):
+            open("wandb.finished", "w").close()
     return Run()
 """
 SUMMARY = """
@@ -34,6 +35,8 @@ class Writer:
             file.write(f"{step} {tag} {data}\\n")
     def flush(self):
         pass
+    def close(self):
+        open(self.path + ".closed", "w").close()
 """
 
 
@@ -56,6 +59,7 @@ def test_a_run_with_everything(tmp_path):
     assert f"8 error {values['error']}" in written and "2 env_steps/seed1 16.0" in written
     assert sum(path.stat().st_size for path in (tmp_path / "run" / "profile").rglob("*.xplane.pb")) > 0
 
+    assert (tmp_path / "wandb.finished").exists() and (tmp_path / "run" / "tensorboard.txt.closed").exists()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["compile_s"] > 0 and summary["train_s"] > 0
     assert summary["compile_s"] + summary["train_s"] < summary["wall_s"]

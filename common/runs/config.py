@@ -1,16 +1,16 @@
-"""The settings that every run has, and the command line made from a method's Config."""
+"""The settings that every run has, and the words for what cannot be met."""
 
-import contextlib
 import dataclasses
-import io
 import json
+import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import tyro
+CACHE = "~/.cache/nightjax"
+# Settings that may differ when a run is resumed.
+NOT_COMPARED = ("out", "dry_run", "resume", "cache", "keep", "allow_nan", "distributed", "profile", "tensorboard", "wandb")
 
 
 class UsageError(ValueError):
@@ -32,6 +32,7 @@ class RunConfig:
     """Settings of a run, whatever the method. A method's Config extends this with its own."""
 
     may_grow: ClassVar[tuple[str, ...]] = ()  # settings that may be higher when a run is resumed: `num_updates` without a schedule
+    paths: ClassVar[tuple[str, ...]] = ()  # the method's settings that are files or folders
     preset: Literal["cpu", "paper"] = "cpu"
     """Which set of defaults to begin from: minutes on two cores, or the paper's own numbers."""
     seed: int = 0
@@ -50,6 +51,8 @@ class RunConfig:
     """Updates between two checkpoints, a multiple of log_every. The end is always saved."""
     keep: int = 2
     """Checkpoints kept, the newest ones."""
+    dry_run: bool = False
+    """Say what would be trained, how large and on which devices; compile and write nothing."""
     resume: bool = False
     """Continue the newest good checkpoint in --out (without --out: of the method's newest run)."""
     allow_nan: bool = False
@@ -62,11 +65,18 @@ class RunConfig:
     """Write the metrics to OUT/tensorboard too."""
     wandb: bool = False
     """Send the metrics to Weights & Biases too."""
-    cache: str = "~/.cache/nightjax"
+    cache: str = CACHE
     """Folder of compiled programs kept between runs; "none" keeps none."""
 
     def __post_init__(self):
         require(self.seed >= 0, f"--seed {self.seed}: must not be negative")
+        most = 2**31 - self.num_seeds
+        require(self.seed <= most, f"--seed {self.seed}: must be at most {most}, so that all seeds are below 2^31")
+        for name in ("out", "cache", *self.paths):
+            value = getattr(self, name)
+            if value is not None:
+                require(value != "", f"--{name.replace('_', '-')}: must not be empty")
+                object.__setattr__(self, name, os.path.expanduser(value))
         for name in ("num_seeds", "num_updates", "log_every", "eval_every", "save_every", "keep"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -95,40 +105,17 @@ def require_range(config, low: float, high: float, *names: str) -> None:
         require(low <= value <= high, f"--{name.replace('_', '-')} {value}: must lie between {low:g} and {high:g}")
 
 
-def method_name() -> str:
-    """The name of the file being run, such as `accel`."""
-    return Path(sys.argv[0]).stem
-
-
-def die(message: str, code: int = 2) -> None:
-    """Prints one line to stderr and exits with `code`: 2 for a request that cannot be met, 1 for a run that failed."""
-    print(f"{method_name()}: error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def cli(config_type: type, doc: str, presets: dict[str, Any] | None = None, args: list[str] | None = None):
-    """Parses the command line into a `config_type`, beginning from `presets[--preset]`.
-
-    What cannot be parsed or does not fit together ends the program with one line on stderr and code 2.
-    """
-    args = sys.argv[1:] if args is None else args
-    presets = presets or {"cpu": config_type()}
-    chosen = re.search(r"--preset[ =](\S+)", " ".join(args))
-    start = presets.get(chosen.group(1) if chosen else "cpu", presets["cpu"])
-    errors = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(config_type, description=doc, default=start, args=args)
-    except UsageError as error:
-        die(str(error))
-    except SystemExit as stop:
-        if stop.code:  # tyro draws a box of several lines: keep its words
-            words = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", errors.getvalue()).split())
-            words = re.sub(rf"^Value error |Error parsing {config_type.__name__}: | For full helptext.*", "", words)
-            die(words)
-        raise
-
-
 def as_dict(config) -> dict:
     """A Config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def as_tuple(value):
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+
+
+def numbered(folder: Path) -> list[tuple[int, Path]]:
+    """What in a folder has a number for its name, and the number; whatever else lies there is passed over."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [(int(path.name), path) for path in found if re.fullmatch(r"[0-9]{1,18}", path.name)]

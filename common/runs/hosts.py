@@ -1,5 +1,7 @@
 """Several processes as one run: joining them, gathering arrays, agreeing. With one process nothing is sent."""
 
+import dataclasses
+import json
 import os
 from collections.abc import Callable
 
@@ -7,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from common.config import UsageError, require
+from common.runs.config import UsageError, as_dict, as_tuple, require
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 PIECE = 1 << 26  # bytes sent at a time
@@ -96,6 +98,14 @@ def from_main(produce: Callable[[], bytes]) -> bytes:
     if problem:
         raise UsageError(problem)
     return _broadcast(data)
+
+
+def settings_of_first(config):
+    """The first process's Config, on every process: only that one may have the folder of a run that is resumed."""
+    if jax.process_count() == 1:
+        return config
+    settings = json.loads(from_main(lambda: json.dumps(as_dict(config)).encode()))
+    return dataclasses.replace(config, **{name: as_tuple(value) for name, value in settings.items()})
 
 
 def _broadcast(data: bytes) -> bytes:

@@ -4,9 +4,11 @@ Zip files carry a checksum of every member, so a damaged file is noticed when it
 or it is refused: sizes and types are compared with what is expected before memory is taken.
 """
 
+import contextlib
 import json
 import math
 import os
+import re
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from common.config import UsageError
-from common.hosts import gather
+from common.runs.config import UsageError
+from common.runs.hosts import gather
 
 META = "__meta__"
 
@@ -34,11 +36,12 @@ def write_atomically(path: Path, write) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with contextlib.suppress(PermissionError):  # Windows opens no folders; what a power cut then loses is the rename alone
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 # --- leaves
@@ -106,9 +109,14 @@ def checkpoint_path(folder: Path, update: int) -> Path:
     return folder / f"{update:08d}.npz"
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The files that `checkpoint_path` names, oldest first; whatever else lies there is passed over."""
+    return sorted((path for path in folder.glob("*.npz") if re.fullmatch(r"[0-9]{8,}", path.stem)), key=lambda path: int(path.stem))
+
+
 def keep_last(folder: Path, count: int) -> None:
     """Removes all but the `count` newest checkpoints."""
-    for path in sorted(folder.glob("*.npz"))[:-count]:
+    for path in checkpoints_in(folder)[:-count]:
         path.unlink()
 
 
@@ -132,6 +140,10 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Returns when all is on the disk."""
         self._pending.result()
+
+    def close(self) -> None:
+        """Ends the thread, once it has written what it was given."""
+        self._thread.shutdown()
 
 
 # --- reading
@@ -222,7 +234,7 @@ def load(file: BinaryIO | Path, template, path: Path | None = None):
 
 def newest_good(folder: Path) -> tuple[Path, dict] | None:
     """The newest checkpoint in a folder that reads without a fault, and its meta; damaged ones are reported and passed over."""
-    for path in sorted(folder.glob("*.npz"), reverse=True):
+    for path in reversed(checkpoints_in(folder)):
         try:
             with _open(path) as archive:
                 damaged = archive.testzip()

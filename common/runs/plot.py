@@ -2,12 +2,14 @@
 
 import io
 import math
+import os
+import re
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from common.checkpoint import write_atomically
+from common.runs.checkpoint import write_atomically
 
 
 def save_image(path: Path, image: np.ndarray) -> None:
@@ -48,9 +50,21 @@ def _save_figure(path: Path, figure) -> None:
     write_atomically(path, lambda file: file.write(buffer.getvalue()))
 
 
+def figure_type():
+    """matplotlib's Figure, which draws without a screen. A notebook's MPLBACKEND, which may name what is not installed here, is not
+    read: matplotlib would refuse to be imported."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure
+
+
 def save_curves(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], x_label: str) -> None:
     """Small multiples of name -> (x (P,), values (num_seeds, P)): a line per seed, the mean, a band of one standard error."""
-    from matplotlib.figure import Figure
+    Figure = figure_type()
 
     columns = 4
     rows = math.ceil(len(curves) / columns)
@@ -71,7 +85,7 @@ def save_curves(path: Path, curves: dict[str, tuple[np.ndarray, np.ndarray]], x_
 
 def save_comparison(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]], x_label: str) -> None:
     """A panel per metric: of every name in it x (P,), values (num_seeds, P), the mean and a band of one standard error."""
-    from matplotlib.figure import Figure
+    Figure = figure_type()
 
     num_lines = max(len(lines) for lines in curves.values())
     figure = Figure(figsize=(4.5 * len(curves), 3.2 + 0.16 * num_lines), layout="constrained")
@@ -91,7 +105,7 @@ def save_comparison(path: Path, curves: dict[str, dict[str, tuple[np.ndarray, np
 
 def save_strips(path: Path, images: dict[int, np.ndarray], title: str) -> None:
     """Pictures through time under one another, each labelled with its update; at most eight, evenly spaced."""
-    from matplotlib.figure import Figure
+    Figure = figure_type()
 
     updates = sorted(images)
     chosen = [updates[i] for i in np.unique(np.linspace(0, len(updates) - 1, min(8, len(updates))).round().astype(int))]
@@ -111,4 +125,5 @@ def read_strips(folder: Path) -> dict[int, np.ndarray]:
     """The pictures that `save_image` wrote as folder/UPDATE.png."""
     from PIL import Image
 
-    return {int(path.stem): np.asarray(Image.open(path)) for path in folder.glob("[0-9]*.png")}
+    paths = [path for path in folder.glob("*.png") if re.fullmatch(r"[0-9]{8,}", path.stem)]
+    return {int(path.stem): np.asarray(Image.open(path)) for path in paths}

@@ -14,10 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from common.checkpoint import CheckpointWriter, keep_last, load, newest_good, read_meta, save, snapshot, write_atomically
-from common.config import UsageError
-
-pytestmark = pytest.mark.timeout(120)
+from common.runs.checkpoint import CheckpointWriter, keep_last, load, newest_good, read_meta, save, snapshot, write_atomically
+from common.runs.config import UsageError
 
 
 class Pair(NamedTuple):
