@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.archive import Archive, filled, grid_cell, improvement_rank, init_archive, insert, sample_filled
-from common.env import in_32_bits, select
+from common.env import begin_evolution, in_32_bits, select
 from common.runs import RunConfig, Train, cli, if_needed, require, require_multiple, run, shard_batch
 from envs.football import Football, FootballParams
 from envs.football_bots import BOTS, Bot, bot_actions, bot_of, pair
@@ -414,7 +414,7 @@ def restart_emitters(key, cma: Cma, archive: Archive, config: Config):
     means = jax.vmap(lambda key, a: a.genotype.level[sample_filled(key, a, shape[1:])])(keys, archive)
     init = jax.vmap(jax.vmap(cma.strategy.init, (0, 0, None)), (0, 0, None))
     state = init(jax.random.split(key_init, shape), means, cma.params)
-    return in_32_bits(state)
+    return begin_evolution(state)
 
 
 def ask(key, cma: Cma, state, config: Config):

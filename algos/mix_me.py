@@ -50,7 +50,7 @@ from common.archive import (
     qd_score,
     sample_filled,
 )
-from common.env import in_32_bits, select
+from common.env import begin_evolution, in_32_bits, select
 from common.runs import RunConfig, Train, cli, require, require_multiple, require_range, run, shard_batch
 from envs.locomotion import TASKS, Locomotion
 from envs.planar import Planar, PlanarParams
@@ -382,7 +382,7 @@ def restart(key, cma: CmaMe, archive: Archive, config: Config):
     means = archive.genotype[sample_filled(key_elite, archive, (config.num_emitters,))]
     init = jax.vmap(cma.strategy.init, (0, 0, None))
     state = init(jax.random.split(key_init, config.num_emitters), means, cma.params)
-    return in_32_bits(state)
+    return begin_evolution(state)
 
 
 def ask(key, cma: CmaMe, state, config: Config):

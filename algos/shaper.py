@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.env import in_32_bits
+from common.env import begin_evolution, in_32_bits
 from common.lanes import Episode, affine, affine_shape, choose, gru, gru_shape, linear, pick, ppo_epochs, spread, to_matches
 from common.nn import orthogonal
 from common.ppo import gae
@@ -573,7 +573,7 @@ def train_by_evolution(config: Config) -> Train:
     def init(key):
         key, key_es = jax.random.split(key)
         es = strategy.init(key_es, zero_policy(config), es_params)
-        return State(in_32_bits(jax.tree.map(jnp.asarray, es)), key)
+        return State(begin_evolution(jax.tree.map(jnp.asarray, es)), key)
 
     def update(state: State, t):
         """A generation: every policy of the population plays a trial against each of its fresh learners."""

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from common.env import in_32_bits
+from common.env import begin_evolution, in_32_bits
 from common.lanes import Episode, affine, affine_shape, choose, gru, gru_shape, linear, pick, ppo_epochs, to_matches
 from common.nn import orthogonal
 from common.ppo import gae
@@ -386,7 +386,7 @@ def make_train(config: Config) -> Train:
         if not num_shapers:
             return State((), key)
         es = jax.vmap(lambda key: strategy.init(key, zero_policy(config), es_params))(jax.random.split(key_es, num_shapers))
-        return State(in_32_bits(jax.tree.map(jnp.asarray, es)), key)
+        return State(begin_evolution(jax.tree.map(jnp.asarray, es)), key)
 
     def update(state: State, t):
         """A generation: member p of every shaper's population plays a trial with each group of fresh learners."""

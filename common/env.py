@@ -82,6 +82,11 @@ def step_from_bank(env, key, state: BankState, action, bank, params):
     return env.get_obs(env_state, params), BankState(env_state, index), reward, done
 
 
+def begin_evolution(state):
+    """A new state of evosax's in 32 bits, its best solution 0 until there is one: JAX_DEBUG_NANS takes its NaN for a fault."""
+    return in_32_bits(state.replace(best_solution=jnp.zeros_like(state.best_solution)))
+
+
 def _of_one(space):
     """A space of observations without its leading axis of agents."""
     from gymnax.environments import spaces  # on use only: gymnax starts the backend when it is imported

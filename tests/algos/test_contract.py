@@ -247,10 +247,8 @@ def test_nothing_depends_on_how_long_a_run_that_may_grow_is(name):
     assert same
 
 
-SPLIT = ("accel", "paired", "shaper", "shaper_nplayer", "mix_me")
-
-
-@pytest.mark.parametrize("name", ["dr", *(pytest.param(name, marks=pytest.mark.slow) for name in SPLIT)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dr", "accel", "paired", "shaper", "shaper_nplayer", "mix_me"])
 def test_devices_agree(name):
     """One seed split over two devices, two seeds on two devices, and `jit(vmap(train_fn))` all give the same numbers."""
     # rounding turns an action now and then, and learners that learn from it make a trial chaotic: a short one shows what is split

@@ -241,6 +241,7 @@ def test_words_written_one_by_one_are_those_that_the_whole_story_makes_likeliest
         np.testing.assert_array_equal(story[start : end + 1], best[start - 1 : end])
 
 
+@pytest.mark.slow
 def test_the_study_on_stories_fills_its_log():
     """Every number is measured, and the control is left alone until reFT."""
     config = dataclasses.replace(

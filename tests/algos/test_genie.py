@@ -294,6 +294,8 @@ def test_own_videos_are_cut_and_bad_ones_refused_in_one_line(tmp_path):
     first = np.asarray(clips.frames)[:, :, 0, 0, 0].astype(int)
     assert (np.diff(first, axis=1) == 1).all() and set(first[:, 0]) == {0, 1, 2, 7, 8, 9}
     assert (np.asarray(source.held_out(jax.random.key(0), 9).frames)[:, 0, 0, 0, 0] >= 14).all()
+    np.savez(path, actions=np.zeros((3, 6), np.int32), videos=videos)
+    assert make_source(str(path), 5, 64, 1, 0.0).shape == (8, 8)
     for bad, words in (
         (videos.astype(np.float32), "must be uint8"),
         (videos[..., 0], "must be uint8"),

@@ -48,6 +48,7 @@ def test_returns_and_their_gradient_are_those_of_the_game(value):
     np.testing.assert_allclose(jax.jit(jax.jacrev(of))(logits), jax.jacrev(exact)(logits), atol=0.06)
 
 
+@pytest.mark.slow
 def test_lola_differentiates_through_what_the_other_learns(value):
     """Exactly: d V_1(x_1, x_2 + lr dV_2/dx_2) / d x_1. It is far from the naive gradient here."""
     logits = policies(1)

@@ -228,6 +228,7 @@ def test_checkpoints_join_the_league_at_equal_distances():
 # --- a run
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_league_and_says_how_matches_ended(tmp_path, monkeypatch, capsys):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "none")
     changes = dict(out=str(tmp_path / "run"), cache=cache, seed=3, final_matches=2, match_steps=20)

@@ -439,6 +439,7 @@ def first_goals(score):
     return np.asarray(led)[first, :, np.arange(led.shape[-1])].mean(0)
 
 
+@pytest.mark.slow
 def test_matches_of_the_hard_bot():
     """What 1000 random levels of 128 steps look like; the sides are equal."""
     bots = pair(bot_of("hard"), bot_of("hard"))
@@ -461,6 +462,7 @@ def test_matches_of_the_hard_bot():
         assert (np.abs(state.x[state.active]) <= 57).all() and (np.abs(state.y[state.active]) <= 38).all()
 
 
+@pytest.mark.slow
 def test_the_hard_bot_beats_the_easy_one():
     """And on either side."""
     for left, right, better in (("hard", "easy", 0), ("easy", "hard", 1)):

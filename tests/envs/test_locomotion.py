@@ -74,6 +74,7 @@ def test_physics_is_that_of_mujocos_own_engine():
     assert np.median(errors("ant_4x2", 1)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("robot", RUN)
 def test_random_runs(robot):
     """Finite, feet on the ground now and then, rewards that add up to the way made."""
@@ -87,6 +88,7 @@ def test_random_runs(robot):
     np.testing.assert_allclose(reward.sum(0), total, rtol=1e-3, atol=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("robot", RUN)
 def test_without_motors_it_comes_to_rest_on_the_ground(robot):
     """It has lost its energy, and is no deeper in the ground than 3 cm."""
@@ -108,6 +110,7 @@ def kinematics(env, qpos):
     return mjx.kinematics(model, data.replace(qpos=qpos))
 
 
+@pytest.mark.slow
 def test_free_fall():
     """Lifted by 5 m from rest, its centre of mass falls by g t (t + h) / 2: Euler's method's g t^2 / 2, with steps of h."""
     env, run, starts = world("ant_4x2")
@@ -157,6 +160,7 @@ def test_picture():
         assert (image == colour).all(-1).any()
 
 
+@pytest.mark.slow
 def test_mix_me_plays_it():
     """A hopper that is pushed over earns its reward up to the fall, and nothing after it."""
     from algos.mix_me import CPU, init_teams, make_team, play

@@ -97,6 +97,12 @@ def test_dict_view(name):
         assert rewards[agent] == reward[i] and dones[agent]
         jax.tree.map(lambda x, y, i=i: np.testing.assert_array_equal(x, y[i]), obs[agent], stacked)
     assert dones["__all__"]
+    agent, flat = view.agents[-1], jax.tree.leaves
+    space = view.observation_space(agent)
+    spaces = list(space.spaces.values()) if hasattr(space, "spaces") else [space]
+    assert [(one.shape, one.dtype) for one in spaces] == [(x.shape, x.dtype) for x in flat(obs[agent])]
+    assert all(bool(one.contains(x)) for one, x in zip(spaces, flat(obs[agent]), strict=True))
+    assert view.action_space(agent).contains(by_name[agent])
 
 
 @pytest.mark.parametrize("name", WORLDS)

@@ -126,7 +126,7 @@ def test_acceleration_is_that_of_lagrange():
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("robot", ["walker", "quad"])
+@pytest.mark.parametrize("robot", ["walker", pytest.param("quad", marks=pytest.mark.slow)])
 def test_free_fall_and_momentum(robot):
     """In the air the centre of mass falls by g t^2 / 2 whatever the limbs do, and motors change neither momentum."""
     env, step = world(robot)

@@ -80,6 +80,7 @@ def test_worlds(name):
         narrow(lambda state: env.render(state, *[params] * isinstance(env, CoinRun)), state)
 
 
+@pytest.mark.slow
 def test_locomotion():
     pytest.importorskip("mujoco.mjx")
     env = Locomotion("hopper_3x1")
@@ -110,7 +111,7 @@ def test_players_of_football():
     narrow(match_actions, KEY, team, team, state)
 
 
-@pytest.mark.parametrize("data", ["dots", "coinrun", "expert"])
+@pytest.mark.parametrize("data", ["dots", *(pytest.param(name, marks=pytest.mark.slow) for name in ("coinrun", "expert"))])
 def test_clips(data):
     source = make_source(data, 4, 16, 2, 0.5, blank=True)
     world = narrow(source.init, KEY)

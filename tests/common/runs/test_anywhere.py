@@ -345,7 +345,7 @@ def test_what_cannot_be_in_the_environment_is_one_line(tmp_path, variable, value
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["dr", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "dr")])
 def test_types_do_not_depend_on_x64(name):
     """With JAX_ENABLE_X64 a method's state and metrics have the types that they have without."""
     module, config = tiny(name, dry_run=True)
