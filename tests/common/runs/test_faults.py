@@ -30,9 +30,14 @@ def toy(folder, *flags, before=()):
     return subprocess.run([*before, *command(*flags)], cwd=folder, capture_output=True, text=True, env=env)
 
 
+# Runs a command with the signals as a terminal leaves them: a background's and nohup's children ignore some.
+HEED = "import os, signal, sys; [signal.signal(x, signal.SIG_DFL) for x in (1, 2, 15)]; os.execv(sys.argv[1], sys.argv[1:])"
+
+
 def begun(folder, *flags):
     """The toy, running."""
-    return subprocess.Popen(command(*flags), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    heeding = [sys.executable, "-c", HEED, *command(*flags)]
+    return subprocess.Popen(heeding, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(condition):
