@@ -76,8 +76,8 @@ def test_play_serves_its_page_until_it_is_stopped(saved):
         assert ask("/do", {"do": "undo"})["frame"] == first["frame"]
         assert ask("/do", {"do": "step", "code": 2})["frame"] == second["frame"]  # the same seed
         assert ask("/do", {"do": "step", "code": 6})["error"].startswith("code 6: must be")
-        program.send_signal(signal.SIGINT)
-        assert program.wait(20) == 0 and program.stdout.read() == "stopped\n"
+        program.send_signal(signal.SIGTERM)
+        assert program.wait() == 0 and program.stdout.read() == "stopped\n"
     finally:
         program.kill()
 
