@@ -233,7 +233,7 @@ def test_no_gradient_of_the_dynamics_reaches_the_other_parts():
     )
     assert same("tokenizer") and np.isfinite(metrics["dynamics_loss"])
     lam = replace(config, stage="lam")
-    alone, _ = jax.jit(genie.make_train(lam).update)(state, 0)
+    alone, _ = jax.jit(genie.make_train(lam).update)(jax.jit(genie.make_train(lam).init)(jax.random.key(0)), 0)
     for a, b in zip(jax.tree.leaves(alone.params["lam"]), jax.tree.leaves(new.params["lam"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
