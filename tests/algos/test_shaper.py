@@ -269,11 +269,11 @@ def test_evolution_climbs():
     assert float(metrics["env_steps"]) == 32 * 2 * 4
     assert metrics["shaper_best"] >= metrics["shaper_reward"]
     # one round of four steps against a learner that has not learned yet: to defect pays, so all-defect is what is climbed to
+    rewards = []
     for t in range(60):
         state, metrics = update(state, jnp.int32(t))
-        if metrics["shaper_reward"] > -1.15:
-            break
-    assert metrics["shaper_reward"] > -1.15  # uniform play earns -1.5, defection -1
+        rewards.append(metrics["shaper_reward"])
+    assert np.mean(rewards[20:]) > -1.25  # uniform play earns -1.5, defection -1, each update's mean +- .4 by the learners' luck
 
 
 @pytest.mark.parametrize(
