@@ -51,7 +51,7 @@ def play_matches(folder: Path, seed: int) -> None:
 
     from algos import tizero
     from algos.madrid import CPU, make_players, play, player
-    from common import checkpoint
+    from common.runs import checkpoint
     from common.runs.devices import setup_devices
     from envs.football import Football
 

@@ -39,7 +39,7 @@ def play_across(folder: Path) -> None:
     import jax
 
     from algos.shaper_nplayer import Config, make_train, meet_learners
-    from common import checkpoint
+    from common.runs import checkpoint
     from common.runs.devices import setup_devices
 
     path, meta = checkpoint.newest_good(folder / "checkpoints")

@@ -42,7 +42,7 @@ def play_suite(method: str, folder: Path) -> None:
     """Writes suite.json: the solve rates (num_seeds,) of a run's last policy on every named maze and every family."""
     import jax
 
-    from common import checkpoint
+    from common.runs import checkpoint
     from common.runs.devices import setup_devices
     from envs.maze_eval import suite_levels, suite_results
 
