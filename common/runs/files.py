@@ -1,11 +1,11 @@
 """All that a run leaves in its folder: settings, metrics, checkpoints, pictures, summary.json. Only the first process writes."""
 
+import contextlib
 import io
 import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,7 +66,8 @@ class RunFiles:
         except UsageError:
             self.close()
             if new and self.folder and is_main():
-                shutil.rmtree(self.folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # only if it is empty: what somebody has put there is theirs
+                    self.folder.rmdir()
             raise
         self._pictures = Pictures(self.folder)
         if is_main():

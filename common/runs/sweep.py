@@ -12,6 +12,7 @@ parameters are no longer finite does not stop it: its results are not finite eit
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import importlib.util
@@ -19,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 from dataclasses import fields, replace
 from functools import reduce
@@ -213,7 +213,8 @@ def open_folder(request: Request, config) -> tuple[Path, Lock | None]:
             for lock in locks:
                 lock.release()
             if new:
-                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # only if it is empty
+                    folder.rmdir()
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"--out {folder} cannot be written: {error.strerror}") from error
