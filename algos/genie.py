@@ -47,10 +47,7 @@ from tyro.conf import Positional
 from common.nn import dense, orthogonal
 from common.play import MAX_TEMPERATURE, Model, Session, open_server, serve
 from common.runs import RunConfig, Train, cli, if_needed, nothing_like, require, require_range, run, shard_batch
-from common.runs.checkpoint import load, newest_good
-from common.runs.command import method_name
-from common.runs.config import as_dict
-from common.runs.folder import newest_folder
+from common.runs.earlier import Earlier, check_seeds, check_shapes, find_run, newest_run, read_state, state_like
 from common.runs.loop import begin, faults_in_one_line
 from common.runs.plot import save_gif
 from common.runs.stop import StopSignal
@@ -832,54 +829,27 @@ def play(config: Config, folder: Path, stop: StopSignal) -> None:
 # --- command
 
 
-def state_like(config: Config):
-    """The shape of a run's State, with an axis of seeds."""
-    keys = jax.eval_shape(jax.vmap(jax.random.key), np.arange(config.num_seeds))
-    return jax.eval_shape(jax.vmap(make_train(config).init), keys)
-
-
-def find_run(folder: Path) -> tuple[Config, Path]:
-    """The settings (`stage`: the part that it has come to) and the newest checkpoint of a run. Raises UsageError if there is none,
-    before any device is used."""
-    found = newest_good(folder / "checkpoints")
-    require(found, f"--load {folder}: there is no checkpoint")
-    settings = found[1]["config"]
-    try:
-        config = Config(**settings)
-    except TypeError:
-        config = None
-    ours, shared = as_dict(config) if config else {}, {field.name for field in fields(RunConfig)}
-    same = config and ours | settings == ours and ours.keys() - settings.keys() <= shared
-    require(same, f"--load {folder}: is no run of this version of Genie")
-    in_first_part = config.stage == "all" and found[1]["update"] <= config.tokenizer_updates
-    return replace(config, stage="tokenizer") if in_first_part else config, found[0]
-
-
-def read_run(folder: Path) -> tuple[Config, dict]:
-    """The settings and the parameters, with an axis of seeds, of a run's newest checkpoint."""
-    config, path = find_run(folder)
-    return config, load(path, state_like(config)).params
+def find(folder: Path) -> Earlier:
+    """A run, whose settings' `stage` is the part that it has come to. Raises UsageError if there is none."""
+    found = find_run(folder, Config, "Genie")
+    in_first_part = found.config.stage == "all" and found.update <= found.config.tokenizer_updates
+    return found._replace(config=replace(found.config, stage="tokenizer")) if in_first_part else found
 
 
 def starting_params(config: Config, folder: Path) -> dict:
     """Parts of another run's parameters, for run(given=...). Raises UsageError where they do not fit this run's sizes."""
-    theirs, params = read_run(folder)
-    seeds = f"--load {folder}: has {theirs.num_seeds} seeds, this run {config.num_seeds}"
-    require(theirs.num_seeds == config.num_seeds, f"{seeds}: give --num-seeds {theirs.num_seeds}")
+    found = find(folder)
+    check_seeds(found, config)
+    params = read_state(found, make_train).params
     params = {name: params[name] for name in config.load_parts}
-    name_of = partial(jax.tree_util.keystr, simple=True, separator="/")
-    shapes = lambda tree: {name_of(path): list(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    like = state_like(config).params
-    given, wanted = shapes(params), shapes({name: like[name] for name in params})
-    for name in given | wanted:
-        has, needs = given.get(name, "not there"), wanted.get(name, "none")
-        require(has == needs, f"--load {folder}: {name} is {has}, this run has {needs}")
+    check_shapes(found, params, state_like(config, make_train).params)
     return {"params": params}
 
 
 def trained_run(config: Config, folder: Path) -> tuple[Config, dict, Source]:
     """A finished run's settings (but how to sample is this config's), its first seed's parameters, its source of clips."""
-    trained, params = read_run(folder)
+    found = find(folder)
+    trained, params = found.config, read_state(found, make_train).params
     require(trained.stage in ("all", "dynamics"), f"--load {folder}: only its {trained.stage} was trained: give it to `dynamics`")
     trained = replace(trained, temperature=config.temperature, maskgit_steps=config.maskgit_steps)
     return trained, jax.tree.map(lambda x: jnp.asarray(x[0]), params), source_of(trained)
@@ -887,7 +857,8 @@ def trained_run(config: Config, folder: Path) -> tuple[Config, dict, Source]:
 
 def clone(config: Config, folder: Path) -> None:
     """Trains and tests the policies of `bc`, one for each seed of the run in a folder."""
-    trained, params = read_run(folder)
+    found = find(folder)
+    trained, params = found.config, read_state(found, make_train).params
     require(trained.data == "coinrun", f"--load {folder}: has learned from {trained.data}; bc needs a run on coinrun")
     own = {field.name: getattr(config, field.name) for field in fields(RunConfig)}
     own |= {name: getattr(config, name) for name in ("bc_updates", "bc_batch", "bc_blocks", "labels", "lr", "lr_min", "warmup")}
@@ -919,20 +890,13 @@ def sample(config: Config, folder: Path, stop: StopSignal) -> None:
     print(f"rows are prompts, columns are codes 0 to {trained.num_actions - 1}: {path}")
 
 
-def newest_run() -> Path:
-    """The folder that a run without --load begins from. Raises UsageError if there is none."""
-    runs = Path("runs") / method_name()
-    require(runs.is_dir(), f"--load: there is no run in {runs}; train one first, or give its folder")
-    return newest_folder(runs)
-
-
 def main(config: Config) -> None:
     """Trains a stage, or samples."""
     with faults_in_one_line():
         folder = None
         if config.load or config.stage in ("dynamics", "sample", "play", "bc"):
             folder = Path(config.load) if config.load else newest_run()
-            find_run(folder)
+            find(folder)
             config = replace(config, load=str(folder))  # so that a run that is resumed finds it again
         if config.stage in ("sample", "play"):
             require(not config.dry_run, f"--dry-run: {config.stage} trains nothing")

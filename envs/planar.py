@@ -37,6 +37,7 @@ H = DT / SUBSTEPS
 STIFFNESS, DAMPING, FRICTION = 2e5, 1000.0, 0.9  # of the ground: N/m, N s/m, coefficient
 LIMIT_STIFFNESS = 10.0  # of joint limits, in largest motor torques a radian
 MAX_SPIN = 60.0  # rad/s
+MANY = 10  # points of contact, above which they are resolved in a loop
 COLOURS = np.array([[70, 70, 80], [200, 60, 50], [230, 140, 40], [190, 170, 40], [40, 130, 190], [50, 150, 90], [130, 80, 180]])
 PIXELS, WINDOW = (72, 144), (-0.4, 2.0, 4.8)  # rows and columns of a picture; its lowest and highest z and its width, m
 
@@ -49,10 +50,11 @@ class Rod(NamedTuple):
     ends: tuple[tuple[float, float], tuple[float, float]]  # in its own frame
     mass: float  # kg
     radius: float
-    torque: float = 0.0  # of the motor, N m
+    torque: float = 0.0  # of the motor, N m: at most this, either way
     limits: tuple[float, float] = (-1.0, 1.0)  # of its angle relative to the parent's, rad
     stiffness: float = 0.0  # of the joint, N m / rad
     damping: float = 1.0  # N m s / rad
+    gain: float = 0.0  # N m / rad: above 0 a command is an angle, towards which the motor turns the joint; else a torque
 
 
 class Robot(NamedTuple):
@@ -145,6 +147,7 @@ def point_vectors(rods, rod: int, local) -> np.ndarray:
 class Tree(NamedTuple):
     """What the equations of motion need. B rods, J = B - 1 joints, C points that touch the ground."""
 
+    h: float  # s, of a substep
     mass: float
     moments: np.ndarray  # (B, 2): sum_k m_k u_ka
     p: np.ndarray  # (B, B)
@@ -156,8 +159,8 @@ class Tree(NamedTuple):
     ends: np.ndarray  # (2 B, B, 2): both ends of every rod, likewise
 
 
-def make_tree(robot: Robot) -> Tree:
-    """The constants of a robot."""
+def make_tree(robot: Robot, h: float = H) -> Tree:
+    """The constants of a robot that moves in substeps of h seconds."""
     rods, num = robot.rods, len(robot.rods)
     mass = np.array([rod.mass for rod in rods])
     u = np.stack([point_vectors(rods, i, np.mean(rod.ends, axis=0)) for i, rod in enumerate(rods)])  # of the rods' middles
@@ -167,14 +170,15 @@ def make_tree(robot: Robot) -> Tree:
     hinges = np.zeros((num - 1, num))
     for j, rod in enumerate(rods[1:]):
         hinges[j, j + 1], hinges[j, rod.parent] = 1, -1
-    implicit = [robot.armature + H * (rod.damping + H * rod.stiffness) for rod in rods[1:]]
+    implicit = [robot.armature + h * (rod.damping + h * rod.stiffness) for rod in rods[1:]]
     ends = np.stack([point_vectors(rods, i, end) for i, rod in enumerate(rods) for end in rod.ends])
     points = np.stack([ends[2 * rod + end] for rod, end in robot.touching])
     paths = [(0,)]
     for i, rod in enumerate(rods[1:], 1):
         paths.append((i, *paths[rod.parent]))
     moments = np.einsum("k,kai->ai", mass, u)
-    return Tree(float(mass.sum()), moments, p, q - q.T, hinges.T @ np.diag(implicit) @ hinges, hinges, tuple(paths), points, ends)
+    motors = hinges.T @ np.diag(implicit) @ hinges
+    return Tree(h, float(mass.sum()), moments, p, q - q.T, motors, hinges, tuple(paths), points, ends)
 
 
 def joint_distances(hinges) -> np.ndarray:
@@ -227,8 +231,8 @@ def chain(tree: Tree, i: int) -> list[int]:
     return [*(2 + b for b in tree.paths[i - 2][1:]), 1, 0] if i > 1 else [0] * i
 
 
-def mass_matrix(tree: Tree, angles) -> dict:
-    """The nonzero entries (i, j), j <= i."""
+def mass_matrix(tree: Tree, angles, more: dict | None = None) -> dict:
+    """The nonzero entries (i, j), j <= i; more: inertia that is added to the turning of some rods' joints."""
     mass, (p, q, motors) = {(0, 0): tree.mass, (1, 0): 0.0, (1, 1): tree.mass}, (x.tolist() for x in (tree.p, tree.q, tree.motors))
     for a, (sin, cos) in enumerate(angles):
         mass[2 + a, 0], mass[2 + a, 1] = _swing((sin, cos), tree.moments[a])
@@ -236,6 +240,10 @@ def mass_matrix(tree: Tree, angles) -> dict:
             sin_b, cos_b = angles[b]
             turned = p[a][b] * (cos_b * cos + sin_b * sin) + q[a][b] * (sin_b * cos - cos_b * sin)
             mass[2 + a, 2 + b] = (p[a][a] if a == b else turned) + motors[a][b]
+    for a, inertia in (more or {}).items():
+        b = tree.paths[a][1]
+        mass[2 + a, 2 + a], mass[2 + b, 2 + b] = mass[2 + a, 2 + a] + inertia, mass[2 + b, 2 + b] + inertia
+        mass[2 + a, 2 + b] = mass[2 + a, 2 + b] - inertia
     return mass
 
 
@@ -261,6 +269,19 @@ def spread_force(tree: Tree, lower: dict, force: dict) -> dict:
     return force
 
 
+def servos(robot: Robot, tree: Tree, angle, spin, command) -> tuple[dict, dict]:
+    """Motors that hold an angle: of their rods, the torque towards where the command wants the joint after the step, up to the
+    motor's own; and what that adds to the inertia as implicit integration sees it, nothing while it is at its limit."""
+    torques, inertias = {}, {}
+    for b, rod in enumerate(robot.rods[1:], 1):
+        if rod.gain:
+            turn, rate = angle[b] - angle[rod.parent], spin[b] - spin[rod.parent]
+            wanted = rod.gain * (command[b - 1] - turn - tree.h * rate)
+            torques[b] = jnp.clip(wanted, -rod.torque, rod.torque)
+            inertias[b] = jnp.where(jnp.abs(wanted) < rod.torque, tree.h * tree.h * rod.gain, 0.0)
+    return torques, inertias
+
+
 def forces(robot: Robot, tree: Tree, angle, angles, spin, command, gravity) -> dict:
     """Generalised forces: gravity, what the turning itself exerts, motors, the joints' springs, dampers and limits."""
     squares = [spin[b] ** 2 for b in range(len(angles))]
@@ -276,7 +297,7 @@ def forces(robot: Robot, tree: Tree, angle, angles, spin, command, gravity) -> d
     for b, rod in enumerate(robot.rods[1:], 1):
         turn, rate = angle[b] - angle[rod.parent], spin[b] - spin[rod.parent]
         torque = command[b - 1] - LIMIT_STIFFNESS * rod.torque * (turn - jnp.clip(turn, *rod.limits))
-        torque = torque - rod.stiffness * turn - (H * rod.stiffness + rod.damping) * rate
+        torque = torque - rod.stiffness * turn - (tree.h * rod.stiffness + rod.damping) * rate
         force[2 + b], force[2 + rod.parent] = force[2 + b] + torque, force[2 + rod.parent] - torque
     return force
 
@@ -301,15 +322,15 @@ def contact_points(robot: Robot, tree: Tree, height, angles, lower: dict, invers
         by_x = spread_force(tree, lower, {0: 1.0, 1: 0.0} | {i: x for i, (x, _) in swings.items()})
         by_z = spread_force(tree, lower, {0: 0.0, 1: 1.0} | {i: z for i, (_, z) in swings.items()})
         w_x, w_z = (_sum(y * y * inverse[i] for i, y in by.items()) for by in (by_x, by_z))
-        give = jnp.where(depth > 0, H * DAMPING, 0.0) + H * H * STIFFNESS
+        give = jnp.where(depth > 0, tree.h * DAMPING, 0.0) + tree.h * tree.h * STIFFNESS
         points.append(Contact(by_x, by_z, w_x, w_z, depth, give))
     return points
 
 
-def resolve_contacts(points: list[Contact], inverse: list, u: list) -> tuple[list, list, list]:
+def resolve_contacts(points: list[Contact], inverse: list, u: list, h: float) -> tuple[list, list, list]:
     """Impulses of all points, one after another, SWEEPS times to and fro -> u, normal and tangential impulses.
 
-    The normal impulse p >= 0 of a point at depth d that moves at v after the step solves p = H (k d - (c + H k) v), or is 0 where
+    The normal impulse p >= 0 of a point at depth d that moves at v after the step solves p = h (k d - (c + h k) v), or is 0 where
     that would pull; friction stops the point or slips at FRICTION p.
     """
     normal, friction, u = [0.0] * len(points), [0.0] * len(points), list(u)
@@ -322,7 +343,7 @@ def resolve_contacts(points: list[Contact], inverse: list, u: list) -> tuple[lis
         for c in range(len(points))[:: -1 if sweep % 2 else 1]:
             point = points[c]
             speed = _sum(y * u[i] for i, y in point.by_z.items())
-            excess = normal[c] - H * STIFFNESS * point.depth + point.give * speed
+            excess = normal[c] - h * STIFFNESS * point.depth + point.give * speed
             new = jnp.maximum(normal[c] - excess / (1 + point.give * point.w_z), 0)
             push(point.by_z, new - normal[c])
             normal[c], limit = new, FRICTION * new
@@ -333,11 +354,46 @@ def resolve_contacts(points: list[Contact], inverse: list, u: list) -> tuple[lis
     return u, normal, friction
 
 
-def substep(robot: Robot, tree: Tree, moving, command, gravity):
-    """One semi-implicit step of H seconds: velocities, then positions with the new velocities -> moving, impulses (C, ...).
+def resolve_many(robot: Robot, tree: Tree, height, angles, lower: dict, inverse: list, u: list) -> tuple[list, list, list]:
+    """What contact_points and resolve_contacts do, point by point in a loop: for robots of many points, which are compiled in a
+    fraction of the time."""
+    num, zero = len(robot.touching), jnp.zeros_like(height)
+    one, paths = zero + 1, [tree.paths[rod] for rod, _ in robot.touching]
+    swings = [
+        [_swing(angles[b], v[b]) if b in path else (zero, zero) for b in range(len(angles))]
+        for path, v in zip(paths, tree.points, strict=True)
+    ]
+    radii = np.array([robot.rods[rod].radius for rod, _ in robot.touching], np.float32).reshape(-1, *[1] * height.ndim)
+    columns = lambda k: {0: jnp.stack([one, zero][k : k + 1] * num), 1: jnp.stack([zero, one][k : k + 1] * num)}
+    rows = [columns(k) | {2 + b: jnp.stack([swing[b][k] for swing in swings]) for b in range(len(angles))} for k in (0, 1)]
+    depth = radii - height + _sum(rows[0][2 + b] for b in range(len(angles)))
+    rows = jnp.stack([jnp.stack([row[i] for i in range(len(inverse))]) for row in (spread_force(tree, lower, row) for row in rows)])
+    inverse = jnp.stack(inverse)[:, None]  # rows (2, coordinates, points, ...)
+    w = (rows * rows * inverse).sum(1)
+    give = jnp.where(depth > 0, tree.h * DAMPING, 0.0) + tree.h * tree.h * STIFFNESS
+    order = [c for sweep in range(SWEEPS) for c in range(num)[:: -1 if sweep % 2 else 1]]
 
-    `moving` is the first four fields of PlanarState. Position and velocity are kept at the centre of mass, whose momentum then
-    changes by outer forces alone, to rounding.
+    def resolve(carry, c):
+        u, normal, friction = carry
+        (by_x, by_z), (w_x, w_z), push = rows[:, :, c], w[:, c], inverse[:, 0]
+        excess = normal[c] - tree.h * STIFFNESS * depth[c] + give[c] * (by_z * u).sum(0)
+        new = jnp.maximum(normal[c] - excess / (1 + give[c] * w_z), 0)
+        u = u + by_z * push * (new - normal[c])
+        limit = FRICTION * new
+        slid = jnp.clip(friction[c] - (by_x * u).sum(0) / w_x, -limit, limit)
+        u = u + by_x * push * (slid - friction[c])
+        return (u, normal.at[c].set(new), friction.at[c].set(slid)), None
+
+    none = jnp.zeros((num, *height.shape), height.dtype)
+    (u, normal, friction), _ = jax.lax.scan(resolve, (jnp.stack(u), none, none), jnp.array(order, jnp.int32))
+    return list(u), list(normal), list(friction)
+
+
+def substep(robot: Robot, tree: Tree, moving, command, gravity):
+    """One semi-implicit step of tree.h seconds: velocities, then positions with the new velocities -> moving, impulses (C, ...).
+
+    `moving` is the first four fields of PlanarState, `command` a torque for each joint, an angle for servos. Position and velocity
+    are kept at the centre of mass, whose momentum then changes by outer forces alone, to rounding.
     """
     pos, angle, vel, spin = moving
     sin, cos = jnp.sin(angle), jnp.cos(angle)
@@ -347,16 +403,21 @@ def substep(robot: Robot, tree: Tree, moving, command, gravity):
     v = [vel[0] - drift[0], vel[1] - drift[1], *spin]
     height = pos[1] + _sum(x for x, _ in swings)
 
-    lower, inverse = factorise(tree, mass_matrix(tree, angles))
+    torques, inertias = servos(robot, tree, angle, spin, command)
+    command = [torques.get(b, x) for b, x in enumerate(command, 1)]
+    lower, inverse = factorise(tree, mass_matrix(tree, angles, inertias))
     force = spread_force(tree, lower, forces(robot, tree, angle, angles, spin, command, gravity))
-    u = [v[i] + _sum([0.0, *(lower[i, j] * v[j] for j in chain(tree, i))]) + H * inverse[i] * force[i] for i in range(len(v))]
-    u, normal, friction = resolve_contacts(contact_points(robot, tree, height, angles, lower, inverse), inverse, u)
+    u = [v[i] + _sum([0.0, *(lower[i, j] * v[j] for j in chain(tree, i))]) + tree.h * inverse[i] * force[i] for i in range(len(v))]
+    if len(robot.touching) > MANY:
+        u, normal, friction = resolve_many(robot, tree, height, angles, lower, inverse, u)
+    else:
+        u, normal, friction = resolve_contacts(contact_points(robot, tree, height, angles, lower, inverse), inverse, u, tree.h)
     for i in range(len(v)):
         v[i] = u[i] - _sum([0.0, *(lower[i, j] * v[j] for j in chain(tree, i))])
 
-    vel = jnp.stack([vel[0] + _sum(friction) / tree.mass, vel[1] + _sum(normal) / tree.mass - H * gravity])
+    vel = jnp.stack([vel[0] + _sum(friction) / tree.mass, vel[1] + _sum(normal) / tree.mass - tree.h * gravity])
     spin = jnp.clip(jnp.stack(v[2:]), -MAX_SPIN, MAX_SPIN)
-    return (pos + H * vel, angle + H * spin, vel, spin), jnp.stack(normal)
+    return (pos + tree.h * vel, angle + tree.h * spin, vel, spin), jnp.stack(normal)
 
 
 class Legged(Environment):
@@ -407,6 +468,7 @@ class Planar(Legged):
         """`obs_distance`: how far an agent sees in the kinematic tree; -1: everything."""
         self.robot_name, self.robot = robot, ROBOTS[robot]()
         self.tree = make_tree(self.robot)
+        self.colours = [0, *(1 + j // self.robot.joints_per_agent for j in range(len(self.robot.rods) - 1))]  # of each rod
         num_joints, self.num_feet = len(self.robot.rods) - 1, len(self.robot.feet)
         each = num_joints if single else self.robot.joints_per_agent
         agents = [tuple(range(first, first + each)) for first in range(0, num_joints, each)]
@@ -489,7 +551,7 @@ class Planar(Legged):
     # --- pictures
 
     def render(self, state: PlanarState) -> jax.Array:
-        """A picture that follows the torso: (72, 144, 3) uint8. Each agent's limbs have a colour; the ground is striped."""
+        """A picture that follows the torso: (72, 144, 3) uint8. `colours` says each rod's colour; the ground is striped."""
         rows, columns = PIXELS
         low, high, width = WINDOW
         (middle, _), _ = self.torso(state)
@@ -503,6 +565,5 @@ class Planar(Legged):
             along = ((x - ax) * (bx - ax) + (z - az) * (bz - az)) / ((bx - ax) ** 2 + (bz - az) ** 2)
             along = jnp.clip(along, 0, 1)
             near = jnp.hypot(x - ax - along * (bx - ax), z - az - along * (bz - az)) < rod.radius
-            colour = COLOURS[0] if i == 0 else COLOURS[1 + (i - 1) // self.robot.joints_per_agent]
-            image = jnp.where(near[..., None], jnp.asarray(colour), image)
+            image = jnp.where(near[..., None], jnp.asarray(COLOURS[self.colours[i]]), image)
         return image.astype(jnp.uint8)

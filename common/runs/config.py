@@ -33,6 +33,7 @@ class RunConfig:
 
     may_grow: ClassVar[tuple[str, ...]] = ()  # settings that may be higher when a run is resumed: `num_updates` without a schedule
     paths: ClassVar[tuple[str, ...]] = ()  # the method's settings that are files or folders
+    compiler_options: ClassVar[dict[str, str]] = {}  # XLA's, for a method's programs on a CPU
     preset: Literal["cpu", "paper"] = "cpu"
     """Which set of defaults to begin from: minutes on two cores, or the paper's own numbers."""
     seed: int = 0

@@ -99,8 +99,9 @@ class Programs:
         began = time.perf_counter()
         updates = jax.ShapeDtypeStruct((self.config.log_every,), jnp.int32)
         if hasattr(self._chunk, "lower"):
-            self._chunk = self._chunk.lower(self.state_shape, updates).compile()
-            self._evaluate = self._evaluate.lower(self.state_shape).compile()
+            options = self.config.compiler_options if jax.default_backend() == "cpu" else {}
+            self._chunk = self._chunk.lower(self.state_shape, updates).compile(compiler_options=options)
+            self._evaluate = self._evaluate.lower(self.state_shape).compile(compiler_options=options)
         self.compile_s += time.perf_counter() - began
         meet()
 
@@ -109,7 +110,7 @@ class Programs:
         began = time.perf_counter()
         if hasattr(self._init, "lower"):  # it is not compiled yet
             on_cpu = jax.default_backend() == "cpu"  # it runs once: not worth optimising, which takes most of compiling it
-            options = {"xla_backend_optimization_level": 0} if on_cpu else {}
+            options = {"xla_backend_optimization_level": 0} | self.config.compiler_options if on_cpu else {}
             self._init = self._init.lower(self._seeds).compile(compiler_options=options)
         self.compile_s += time.perf_counter() - began
         meet()
