@@ -18,17 +18,15 @@ Expect:  each task's return above that of the average demonstration; videos/task
 Differs from the paper (its own way in brackets; what is marked with * is only so in the `cpu` preset):
  1. The body is planar with 12 joints, its data are noisy rollouts of envs/humanoid_skills.py (56 joints, MoCapAct).
  2. Plans are scored on states as they are (the official code: on standardised ones, in which a speed is none).
- 3. The codebook begins at outputs of the encoder, smoothed counts, and codes hardly used begin anew there (none of it); its moving
-    average moves once an update (twice in the official code).
+ 3. The codebook begins at outputs of the encoder, and codes hardly used begin anew there (no such thing); its moving average
+    moves once an update (twice in the official code).
  4. The convolutions' norm is over the channels of one step, so that the encoder is causal (over the whole window).
  5. All windows are whole, so no mask is modelled (a mask channel).
  6. The nucleus keeps the token that crosses top_p (drops it).
- 7. Falls count at every moment of a control step (at its end).
- 8. float32 (fp16).
- 9.* Widths, lengths and data below; no dropout (.1); a new plan every 2nd step (every step).
+ 7. Falls count at every moment of a control step (at its end); float32 (fp16).
+ 8.* Widths, lengths and data below; no dropout (.1); a new plan every 2nd step (every step).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -41,26 +39,26 @@ import numpy as np
 import optax
 from tyro.conf import Positional
 
-from common.causal import (
-    after_attention,
-    attend_cached,
-    attention_block,
-    conv_block,
-    draw_from_nucleus,
-    heads_of,
-    init_attention_block,
-    init_conv_block,
-    init_norm,
-    layer_norm,
-)  # fmt: skip
-from common.nn import dense, init_dense, matmul
+from common.causal import attention_block, attention_step, conv_block, init_attention_block, init_conv_block, init_norm, layer_norm
+from common.nn import dense, draw_from_nucleus, init_dense, matmul
 from common.runs import RunConfig, Train, cli, if_needed, require, require_range, run, shard_batch
-from common.runs.checkpoint import write_atomically
+from common.runs.config import as_dict
 from common.runs.earlier import Earlier, check_seeds, check_shapes, find_run, newest_run, read_state, state_like
 from common.runs.loop import begin as start_run
 from common.runs.loop import faults_in_one_line
-from common.runs.plot import save_gif
-from envs.humanoid_control import Tasks, begin, check_task, film, follow_plan, make_tasks, may_fall, play, rewards, true_dynamics
+from envs.humanoid_control import (
+    Tasks,
+    begin,
+    check_task,
+    film,
+    follow_plan,
+    make_tasks,
+    may_fall,
+    play,
+    rewards,
+    true_dynamics,
+    write_report,
+)
 from envs.humanoid_data import Data, draw_windows, load_data, make_env
 from envs.humanoid_offline import make_bc, make_offline
 
@@ -191,7 +189,7 @@ class Config(RunConfig):
 
 PAPER = Config(log_every=50, eval_every=50_000, save_every=5000, episodes=4096, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_updates=6000, vqvae_updates=3000, eval_every=6000, save_every=500, episodes=512, codes_per_step=4,
+    PAPER, preset="cpu", num_updates=3000, vqvae_updates=1500, eval_every=3000, save_every=500, episodes=512, codes_per_step=4,
     num_codes=256, latent=128, width=128, layers=3, prior_width=128, prior_layers=3, dropout=0.0, lr=1e-3, prior_lr=1e-3,
     weight_decay=0.01, offline_alpha=1.0, plan_every=2, eval_episodes=8, eval_steps=200,
 )  # fmt: skip
@@ -256,7 +254,7 @@ def decode(params, z, first, config: Config, key=None) -> jax.Array:
 
 def vectors(codebook: Codebook) -> jax.Array:
     """The codes (K, D / c)."""
-    return codebook.total / codebook.count[:, None]
+    return codebook.total / jnp.maximum(codebook.count, 1e-6)[:, None]
 
 
 def nearest(codes, z) -> jax.Array:
@@ -287,8 +285,7 @@ def follow(key, codebook: Codebook, z, index, config: Config, t) -> Codebook:
     total = decay * codebook.total + (1 - decay) * chosen.T @ z
     dead = (count < config.least_use * even) | (t == 0)
     drawn = z[jax.random.randint(key, (num,), 0, len(z), jnp.int32)]
-    smooth = 1e-5 * even
-    count = jnp.where(dead, even * config.least_use * 5 + smooth, count + smooth)
+    count = jnp.where(dead, 0.1 * even, count)
     return Codebook(count, jnp.where(dead[:, None], drawn * count[:, None], total))
 
 
@@ -334,14 +331,11 @@ def init_cache(config: Config, batch: int) -> Cache:
 
 def prior_step(params, before, state, cache: Cache, s, config: Config):
     """`prior` for code s alone: embeddings of the code before and of the first state (B, d) each -> logits (B, K), cache."""
-    h, new_k, new_v = before + params["place"][s] + state, [], []
-    for i in range(config.prior_layers):
-        p = jax.tree.map(lambda x, i=i: x[i], params["blocks"])
-        q, k, v = heads_of(p, h, config.heads)
-        h = after_attention(p, h, attend_cached(q, k, v, cache.k[i], cache.v[i], s))
-        new_k.append(cache.k[i].at[:, :, s].set(k))
-        new_v.append(cache.v[i].at[:, :, s].set(v))
-    return matmul(layer_norm(params["norm"], h), params["out"]), Cache(tuple(new_k), tuple(new_v))
+    h, new = before + params["place"][s] + state, []
+    for i, (k, v) in enumerate(zip(*cache, strict=True)):
+        h, *kv = attention_step(jax.tree.map(lambda x, i=i: x[i], params["blocks"]), h, k, v, s, config.heads)
+        new.append(kv)
+    return matmul(layer_norm(params["norm"], h), params["out"]), Cache(*zip(*new, strict=True))
 
 
 def sample_codes(key, params, first, num: int, config: Config, temperature: float) -> jax.Array:
@@ -368,8 +362,7 @@ def make_train(config: Config) -> Train:
     data, parts = load_data(config), ("vqvae", "prior")
     if config.stage in ("bc", "offline"):
         return (make_bc if config.stage == "bc" else make_offline)(config, data, make_env(config.body))
-    num_obs, size = data.num_obs, len(data.mean)
-    txs = optimisers(config)
+    num_obs, size, txs = data.num_obs, len(data.mean), optimisers(config)
 
     def init(key):
         key, key_vqvae, key_prior = jax.random.split(key, 3)
@@ -435,19 +428,34 @@ def prior_loss(params, key, index, first, config: Config) -> jax.Array:
 # --- planning (section 3.3, algorithm 1)
 
 
-def make_planner(config: Config, env, data: Data, state: State, tasks: Tasks, samples: int, temperature: float) -> Callable:
-    """H-GAP's: key, memory, world, obs (M, O) -> actions (M, T, A) of the best of `samples` plans, memory."""
-    mean, std, num_obs = data.mean, data.std, data.num_obs
+CHUNK = 128  # plans that are made at a time on a CPU, whose caches they then fit
 
-    def planner(key, memory, world, obs):
-        first = (obs - mean[:num_obs]) / std[:num_obs]
+
+def imagine(key, config: Config, data: Data, state: State, obs, samples: int, temperature: float) -> jax.Array:
+    """`samples` plans from each observation (M, O), decoded, in their own units: (M, samples, T, obs + action)."""
+
+    def some(key, first):
         codes = sample_codes(key, state.params["prior"], first, samples, config, temperature)
         z = vectors(state.codebook)[codes].reshape(len(codes), -1, config.codes_per_step, config.latent // config.codes_per_step)
-        plans = decode(state.params["vqvae"], z, first.repeat(samples, 0), config) * std + mean
-        plans = plans.reshape(len(obs), samples, config.window, -1)
-        scores = rewards(env, tasks, plans[:, :, : config.horizon, :num_obs]).sum(-1)
-        best = plans[jnp.arange(len(obs)), scores.argmax(1)]
-        return best[..., num_obs:], memory
+        return decode(state.params["vqvae"], z, first.repeat(samples, 0), config)
+
+    first = (obs - data.mean[: data.num_obs]) / data.std[: data.num_obs]
+    worlds = max(CHUNK // samples, 1)
+    if jax.default_backend() == "cpu" and len(obs) > worlds and len(obs) % worlds == 0:
+        chunks = first.reshape(-1, worlds, data.num_obs)
+        plans = jax.lax.map(lambda x: some(*x), (jax.random.split(key, len(chunks)), chunks))
+    else:
+        plans = some(key, first)
+    return plans.reshape(len(obs), samples, config.window, -1) * data.std + data.mean
+
+
+def make_planner(config: Config, env, data: Data, state: State, tasks: Tasks, samples: int, temperature: float) -> Callable:
+    """H-GAP's: key, memory, world, obs (M, O) -> actions (M, T, A) of the best of `samples` plans, memory."""
+
+    def planner(key, memory, world, obs):
+        plans = imagine(key, config, data, state, obs, samples, temperature)
+        scores = rewards(env, tasks, plans[:, :, : config.horizon, : data.num_obs]).sum(-1)
+        return plans[jnp.arange(len(obs)), scores.argmax(1)][..., data.num_obs :], memory
 
     return planner
 
@@ -498,7 +506,8 @@ def control_results(config: Config, data: Data, state: State) -> dict:
     three = jax.tree.map(lambda x: jnp.concatenate([x] * len(arms), axis=-1), world)
     everyone = tasks._replace(which=np.tile(tasks.which, len(arms)))
     outcome = play(keys[1], env, everyone, all_arms, (), three, config.eval_steps, config.plan_every)
-    results = {"tasks": film(env, tasks, outcome.worlds, config.eval_episodes)}
+    results = film(env, tasks, outcome.worlds, config.eval_episodes)
+    results["returns"] = outcome.total.reshape(len(arms), len(tasks.names), -1)
     for name, total, length in zip(arms, jnp.split(outcome.total, len(arms)), jnp.split(outcome.length, len(arms)), strict=True):
         each = total.reshape(len(tasks.names), -1).mean(1)
         results |= {f"{name}return_{task}": x for task, x in zip(tasks.names, each, strict=True)}
@@ -510,16 +519,13 @@ def open_loop(key, config: Config, env, data: Data, state: State, world) -> dict
     """The decoder as dynamics: the actions of one sampled plan of each world done one after the other; squared distance, in
     variances, of the states that follow to those decoded, and to those when nothing would move."""
     mean, std, num_obs = data.mean[: data.num_obs], data.std[: data.num_obs], data.num_obs
-    first = (env.get_obs(world).T - mean) / std
-    codes = sample_codes(key, state.params["prior"], first, 1, config, 1.0)
-    z = vectors(state.codebook)[codes].reshape(len(codes), -1, config.codes_per_step, config.latent // config.codes_per_step)
-    plan = decode(state.params["vqvae"], z, first, config)
-    actions = (plan[..., num_obs:] * data.std[num_obs:] + data.mean[num_obs:]).swapaxes(0, 1)
-
+    first = env.get_obs(world).T
+    plan = imagine(key, config, data, state, first, 1, 1.0)[:, 0]
+    actions, plan, first = plan[..., num_obs:].swapaxes(0, 1), (plan[..., :num_obs] - mean) / std, (first - mean) / std
     after, alive = follow_plan(env, world, actions[:-1])
     after, alive = (after.swapaxes(0, 1) - mean) / std, alive.T[..., None]
     error = lambda guess: (((guess - after) ** 2) * alive).sum() / (jnp.maximum(alive.sum(), 1) * num_obs)
-    return {"open_loop_mse": error(plan[:, 1:, :num_obs]), "open_loop_still_mse": error(first[:, None])}
+    return {"open_loop_mse": error(plan[:, 1:]), "open_loop_still_mse": error(first[:, None])}
 
 
 # --- command
@@ -541,56 +547,34 @@ def starting_state(config: Config, folder: Path) -> dict:
     return {"params": theirs.params, "codebook": theirs.codebook}
 
 
+PLANNING = ("samples", "horizon", "temperature", "top_p", "plan_every", "task", "falling", "eval_episodes", "eval_steps", "seed")
+
+
 def plan(config: Config, found: Earlier | None) -> None:
-    """Plays tasks with the first seed of a run, or with the true dynamics; prints the returns, writes plan.json and a film."""
-    settings = (
-        "samples",
-        "horizon",
-        "temperature",
-        "top_p",
-        "plan_every",
-        "task",
-        "falling",
-        "eval_episodes",
-        "eval_steps",
-        "seed",
-    )
-    trained = replace(found.config, **{name: getattr(config, name) for name in settings}) if found else config
+    """Plays tasks with each seed of a run, or with the true dynamics; prints the returns, writes plan.json and a film."""
+    trained = replace(found.config, **{name: getattr(config, name) for name in PLANNING}) if found else config
     data, env = load_data(trained), make_env(trained.body)
-    tasks = make_tasks(trained, env, data)
-    state = jax.tree.map(lambda x: jnp.asarray(x[0]), read_state(found, make_train)) if found else None
-    if config.planner in ("mppi", "predictive_sampling"):
-        sizes = trained.samples, trained.horizon, trained.plan_every
-        planner, memory = true_dynamics(env, tasks, *sizes, config.sigma, config.planner == "predictive_sampling")
-    else:
-        arm = (trained.samples, trained.temperature) if config.planner == "hgap" else (1, 0.0)
-        planner, memory = make_planner(trained, env, data, state, tasks, *arm), lambda world: ()
+    tasks, state = make_tasks(trained, env, data), read_state(found, make_train) if found else None
 
     @jax.jit
-    def go(key):
-        keys = jax.random.split(key)
+    def go(seed, state):
+        keys = jax.random.split(jax.random.key(seed))
         world = begin(keys[0], env, data.worlds, len(tasks.which))
-        outcome = play(keys[1], env, tasks, planner, memory(world), world, trained.eval_steps, trained.plan_every)
+        if found:
+            arm = (trained.samples, trained.temperature) if config.planner == "hgap" else (1, 0.0)
+            planner, memory = make_planner(trained, env, data, state, tasks, *arm), ()
+        else:
+            sizes = trained.samples, trained.horizon, trained.plan_every, config.sigma
+            planner, first = true_dynamics(env, tasks, *sizes, config.planner == "predictive_sampling")
+            memory = first(world)
+        outcome = play(keys[1], env, tasks, planner, memory, world, trained.eval_steps, trained.plan_every)
         return outcome.total, outcome.length, film(env, tasks, outcome.worlds, trained.eval_episodes)
 
-    total, length, frames = jax.tree.map(np.asarray, go(jax.random.key(trained.seed)))
+    lane = lambda i: jax.tree.map(lambda x: jnp.asarray(x[i]), state)
+    found_out = [jax.tree.map(np.asarray, go(trained.seed + i, lane(i))) for i in range(trained.num_seeds)]
     folder = Path(config.out) if config.out else found.folder if found else Path("runs/hgap/plan")
-    report = {}
-    for name, returns, steps in zip(tasks.names, *(x.reshape(len(tasks.names), -1) for x in (total, length)), strict=True):
-        average = data.task_means.get(name, np.nan) * trained.eval_steps
-        report[name] = {"return": returns.tolist(), "length": steps.tolist(), "data": average}
-        spread = (
-            f"{returns.mean():8.1f} +- {returns.std(ddof=1) / len(returns) ** 0.5:.1f}"
-            if len(returns) > 1
-            else f"{returns[0]:8.1f}"
-        )
-        print(f"{name:12} {spread}   (the average demonstration: {average:.1f}), {steps.mean():.0f} of {trained.eval_steps} steps")
-    write_atomically(folder / "plan.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
-    save_gif(folder / "videos" / "plan.gif", frames)
-    print(f"{folder / 'plan.json'} and {folder / 'videos' / 'plan.gif'} are written")
-
-
-HIGHLIGHTS = {"bc": ("bc_loss", "imitation_length"), "offline": ("critic_loss", "return_forward")}
+    about = {"planner": config.planner, "config": as_dict(trained)}
+    write_report(folder, about, tasks, found_out, {name: x * trained.eval_steps for name, x in data.task_means.items()})
 
 
 def main(config: Config) -> None:
@@ -608,7 +592,8 @@ def main(config: Config) -> None:
             with start_run(config):
                 return plan(config, found)
     given = partial(starting_state, config, found.folder) if found else None
-    run(config, make_train, highlights=HIGHLIGHTS.get(config.stage, ("state_mse", "prior_loss", "return_forward")), given=given)
+    shown = {"bc": ("bc_loss", "imitation_length"), "offline": ("critic_loss", "return_forward")}
+    run(config, make_train, highlights=shown.get(config.stage, ("state_mse", "prior_loss", "return_forward")), given=given)
 
 
 if __name__ == "__main__":

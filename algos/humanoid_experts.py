@@ -19,6 +19,7 @@ Differs from MoCapAct (its own way in brackets):
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -28,13 +29,14 @@ import numpy as np
 import optax
 from tyro.conf import Positional
 
+from common.env import select
 from common.nn import dense, init_dense
 from common.ppo import gae
 from common.runs import RunConfig, Train, cli, require, require_multiple, require_range, run, shard_batch
 from common.runs.earlier import find_run, read_state
 from common.runs.loop import faults_in_one_line
 from envs.humanoid import STANDING, Humanoid, HumanoidState, forward, near, split
-from envs.humanoid_skills import FEATURES, FILE, Command, act, command_features, new_command, phase, save_skills, timed
+from envs.humanoid_skills import FEATURES, FILE, Command, act, command_features, curled, new_command, phase, save_skills, timed
 
 CHANCES = {"gaits": (0.5, 0.1, 0.2, 0.2, 0.0), "roll": (0.0, 0.0, 0.0, 0.0, 1.0)}  # of each skill
 SWING = 0.4  # share of the cycle that a foot is in the air
@@ -185,12 +187,21 @@ def effort(world: HumanoidState, action, seen: dict) -> jax.Array:
 # --- training
 
 
+def fresh_world(config: Config, env: Humanoid, key) -> HumanoidState:
+    """One that stands; for rolls, half of them in the midst of one already (as 1804.02717 begins)."""
+    key_stand, key_roll, key_which = jax.random.split(key, 3)
+    standing = env.reset_env(key_stand, env.default_params)[1]
+    if config.stage == "gaits":
+        return standing
+    return select(jax.random.uniform(key_which, (), jnp.float32) < 0.5, curled(key_roll, env), standing)
+
+
 def make_train(config: Config) -> Train:
     """PPO as pure functions of one seed."""
     require(config.stage != "pack", "pack: trains nothing")
     env, tx = Humanoid("rotate" if config.stage == "roll" else None), optax.inject_hyperparams(optax.adam)(config.lr)
     params_env, chances = env.default_params, CHANCES[config.stage]
-    fresh = jax.vmap(lambda key: env.reset_env(key, params_env)[1], out_axes=-1)
+    fresh = jax.vmap(partial(fresh_world, config, env), out_axes=-1)
     draw = jax.vmap(lambda key: new_command(key, chances))
 
     def init(key):

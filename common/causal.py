@@ -1,4 +1,4 @@
-"""Causal layers over a short sequence, as H-GAP and TAP have them: convolutions, and attention with the norms after it; sampling.
+"""Causal layers over a short sequence, as H-GAP and TAP have them: convolutions, and attention with the norms after it.
 
 `init_x(key, ...)` makes the parameters of a layer, `x(params, inputs)` applies it; sequences are (B, T, d).
 """
@@ -21,8 +21,9 @@ def init_norm(width: int) -> dict:
 
 
 def mish(x) -> jax.Array:
-    """x tanh(softplus(x)) (1908.08681)."""
-    return x * jnp.tanh(jax.nn.softplus(x))
+    """x tanh(softplus(x)) (1908.08681), by one exponential."""
+    e = jnp.exp(jnp.minimum(x, 20))
+    return x * (e * (e + 2)) / (e * (e + 2) + 2)
 
 
 def drop(key, x, rate: float) -> jax.Array:
@@ -77,33 +78,13 @@ def attention_block(p, x, heads: int, key=None, rate: float = 0.0) -> jax.Array:
     return after_attention(p, x, jnp.einsum("bhqk,bkhc->bqhc", weight, v).reshape(x.shape), keys[1:], rate)
 
 
-def attend_cached(q, k, v, keys, values, s) -> jax.Array:
-    """Attention of code s (B, heads, c) to itself and to the codes before it in the cache: (B, d)."""
+def attention_step(p, x, keys, values, s, heads: int):
+    """`attention_block` for place s alone, x (B, d), with the keys and values (B, heads, S, c) of the places before it in a cache
+    -> x, keys, values."""
+    q, k, v = heads_of(p, x, heads)
     q = q * q.shape[-1] ** -0.5
     score = jnp.concatenate([jnp.einsum("bhc,bhsc->bhs", q, keys), (q * k).sum(-1, keepdims=True)], axis=-1)
     before = jnp.append(jnp.arange(keys.shape[2]) < s, True)
     weight = jax.nn.softmax(jnp.where(before, score, -1e9), axis=-1)
-    return (jnp.einsum("bhs,bhsc->bhc", weight[..., :-1], values) + weight[..., -1:] * v).reshape(len(q), -1)
-
-
-def draw_from_nucleus(key, logits, temperature: float, top_p: float) -> jax.Array:
-    """One of K from the nucleus (1904.09751) of softmax(logits / temperature), (B, K) -> (B,); temperature 0: the likeliest.
-
-    The nucleus is found by halving: the highest level that the codes above it reach top_p. Sorting takes ten times as long.
-    """
-    if not temperature:
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / temperature
-    p = jnp.exp(logits - logits.max(-1, keepdims=True))
-    whole = p.sum(-1, keepdims=True)
-    level = jnp.zeros_like(whole)
-    if top_p < 1:
-        low, high = level, jnp.ones_like(whole)
-        for _ in range(14):
-            middle = (low + high) / 2
-            enough = jnp.where(p >= middle**3, p, 0).sum(-1, keepdims=True) >= top_p * whole
-            low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-        level = low**3
-    below = jnp.cumsum(jnp.where(p >= level, p, 0), axis=-1)
-    u = jax.random.uniform(key, (len(p), 1), jnp.float32)
-    return jnp.minimum((below <= u * below[:, -1:]).sum(-1, dtype=jnp.int32), p.shape[-1] - 1)
+    y = jnp.einsum("bhs,bhsc->bhc", weight[..., :-1], values) + weight[..., -1:] * v
+    return after_attention(p, x, y.reshape(x.shape)), keys.at[:, :, s].set(k), values.at[:, :, s].set(v)

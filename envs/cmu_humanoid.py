@@ -224,7 +224,8 @@ class CmuState(NamedTuple):
 class CmuHumanoid(Environment):
     """One humanoid on a flat floor with one of TASKS."""
 
-    obs_parts, obs_size, num_actions = OBS_PARTS, OBS_SIZE, 56
+    parts, tasks, falling, obs_size, num_actions = OBS_PARTS, TASKS, MAY_LIE, OBS_SIZE, 56
+    can_draw = False  # not inside jit
 
     def __init__(self, task: str = "speed"):
         """Raises KeyError for another task, and what `load_model` does."""
@@ -256,7 +257,7 @@ class CmuHumanoid(Environment):
         return self.get_obs(state, params), state
 
     def step_env(self, key, state: CmuState, action, params: CmuParams):
-        """action (56, ...) -> obs (224, ...), state, reward (...), terminated (...) bool, info (empty)."""
+        """action (56, ...) -> obs (224, ...), state, reward (...), terminated (...) bool, info: `fallen` (...) bool."""
         action, time = jnp.clip(jnp.nan_to_num(action), -1, 1).astype(jnp.float32), state.time + 1
         simulate = jax.vmap(self.simulate, -1, -1) if action.ndim > 1 else self.simulate
         moving, broken = simulate(state[:5], action)
@@ -264,7 +265,7 @@ class CmuHumanoid(Environment):
         obs, fallen = self.look(state)
         reward = self.reward(split(jnp.moveaxis(obs, 0, -1)))
         terminated = broken if self.task in MAY_LIE else broken | fallen
-        return obs, state, reward, terminated, {}
+        return obs, state, reward, terminated, {"fallen": broken | fallen}
 
     def get_obs(self, state: CmuState, params=None, key=None) -> jax.Array:
         """What the robot senses, (224, ...)."""

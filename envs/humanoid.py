@@ -160,7 +160,7 @@ class Humanoid(Planar):
     """The humanoid with one task's reward; `task` None: no reward, and `terminated` as in most tasks."""
 
     parts, tasks, falling = PARTS, TASKS, FALLING
-    num_actions, obs_size = len(JOINTS), sum(PARTS.values())
+    num_actions, obs_size, can_draw = len(JOINTS), sum(PARTS.values()), True
 
     def __init__(self, task: str | None = None):
         self.task, self.robot, self.colours = task, _body(), COLOURS

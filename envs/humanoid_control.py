@@ -4,6 +4,7 @@ Axes: M humanoids side by side, each with a task; N plans of each; H steps of a 
 """
 
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.runs.checkpoint import write_atomically
 from common.runs.config import UsageError, require
+from common.runs.plot import save_gif
 from envs.humanoid import split
 
 START_NOISE = 0.1  # m/s and rad/s, of the root's velocities at the start of an evaluation
@@ -144,13 +147,34 @@ def follow_plan(env, world, actions) -> tuple[jax.Array, jax.Array]:
     return jax.lax.scan(step, (world, jnp.ones(actions.shape[1], bool)), actions)[1]
 
 
-def film(env, tasks: Tasks, worlds, episodes: int, columns: int = 2) -> jax.Array:
-    """The first episode of each task (worlds of each task's `episodes` one after the other), side by side: (T, H, W, 3) uint8."""
+def film(env, tasks: Tasks, worlds, episodes: int, columns: int = 2) -> dict:
+    """The first episode of each task (worlds of each task's `episodes` one after the other), side by side, as `tasks`
+    (T, H, W, 3) uint8; nothing where a body cannot be drawn inside jit."""
+    if not env.can_draw:
+        return {}
     picked = jax.tree.map(lambda x: x[..., : len(tasks.which) : episodes], worlds)
     images = jax.lax.map(jax.vmap(env.render, -1), picked)
     images = jnp.pad(images, ((0, 0), (0, -len(tasks.names) % columns), (1, 1), (1, 1), (0, 0)))
     rows = [jnp.concatenate(list(images[:, i : i + columns].swapaxes(0, 1)), axis=2) for i in range(0, images.shape[1], columns)]
-    return jnp.concatenate(rows, axis=1)
+    return {"tasks": jnp.concatenate(rows, axis=1)}
+
+
+def write_report(folder: Path, about: dict, tasks: Tasks, outcomes: list, average: dict[str, float]) -> None:
+    """Prints returns, and writes them, with what `about` says, to FOLDER/plan.json, and the first seed's film.
+
+    outcomes: of each seed, total and length (M,) and what `film` gave; average: what the average demonstration earns, by task."""
+    total, length = (np.stack(x).reshape(len(outcomes), len(tasks.names), -1) for x in list(zip(*outcomes, strict=True))[:2])
+    report = {}
+    for i, name in enumerate(tasks.names):
+        usual = average.get(name)
+        report[name] = {"return": total[:, i].tolist(), "length": length[:, i].tolist(), "data": usual}
+        words = "" if usual is None else f"; the average demonstration's: {usual:.1f}"
+        print(f"{name:12} return {total[:, i].mean():8.1f}, {length[:, i].mean():.0f} steps{words}")
+    text = json.dumps(about | {"tasks": report}, indent=1)
+    write_atomically(folder / "plan.json", lambda file: file.write(text.encode()))
+    for name, frames in outcomes[0][2].items():
+        save_gif(folder / "videos" / f"plan_{name}.gif", frames)
+    print(f"what came of it is in {folder}")
 
 
 # --- planners with the true dynamics

@@ -61,8 +61,7 @@ def control(config, env, data: Data, tasks: Tasks, policy: Callable) -> tuple[di
     each = outcome.total.reshape(len(tasks.names), -1).mean(1)
     results = {f"return_{task}": x for task, x in zip(tasks.names, each, strict=True)}
     shown = jax.tree.map(lambda x: x[:: config.plan_every], outcome.worlds)
-    results["tasks"] = film(env, tasks, shown, config.eval_episodes)
-    return results, outcome.length[~may_fall(tasks)].mean().astype(jnp.float32)
+    return results | film(env, tasks, shown, config.eval_episodes), outcome.length[~may_fall(tasks)].mean().astype(jnp.float32)
 
 
 # --- cloning

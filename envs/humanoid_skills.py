@@ -62,6 +62,19 @@ def command_features(command: Command) -> jax.Array:
 
 
 FEATURES = 6
+CURLED = np.float32([-1.1, -0.5, 1.9, -2.0, 0.5, 1.9, -2.0, 0.5, 1.6, 0.8, 1.6, 0.8])  # joint angles in the midst of a roll
+
+
+def curled(key, env: Humanoid):
+    """The state of a humanoid that rolls forwards, curled up, at any point of the turn."""
+    key_pitch, key_joints, key_speed = jax.random.split(key, 3)
+    angle = [jax.random.uniform(key_pitch, (), jnp.float32, -6.3, 0.0)]
+    joints = CURLED + 0.2 * jax.random.normal(key_joints, CURLED.shape, jnp.float32)
+    for i, rod in enumerate(env.robot.rods[1:]):
+        angle.append(angle[rod.parent] + joints[i])
+    spin = jax.random.uniform(key_speed, (), jnp.float32, -6.0, -1.0)
+    vel = jnp.stack([-0.35 * spin, jnp.zeros_like(spin)])
+    return env.begin(jnp.stack(angle), vel, jnp.full(len(angle), spin), env.default_params)[1]
 
 
 def act(params, obs, command: Command) -> jax.Array:

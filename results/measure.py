@@ -133,6 +133,17 @@ def above(name: str, words: str, paper: str, ours, reference) -> dict:
     return dict(id=name, claim=words, paper=paper, here=here, check="95 % interval (Welch) above 0", holds=holds)
 
 
+def paired(name: str, words: str, paper: str, ours, reference) -> dict:
+    """A claim that the mean of `ours` is higher than that of `reference`, value by value of the same seeds."""
+    ours, reference = np.asarray(ours, float), np.asarray(reference, float)
+    gain = ours - reference
+    half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain))
+    low, high = gain.mean() - half, gain.mean() + half
+    holds = "yes" if low > 0 else "no" if high < 0 else "not separated"
+    here = f"{spread(ours)} against {spread(reference)}; difference {gain.mean():.3f} [{low:.3f}, {high:.3f}]"
+    return dict(id=name, claim=words, paper=paper, here=here, check="95 % interval (paired t) above 0", holds=holds)
+
+
 def equal(name: str, words: str, paper: str, ours, reference, margin: float) -> dict:
     """A claim that two means differ by less than `margin`."""
     low, high = welch_interval(ours, reference)

@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
 import finetuning  # noqa: E402
 import genie  # noqa: E402
+import hgap  # noqa: E402
 import madrid  # noqa: E402
 import mix_me  # noqa: E402
 import shaper  # noqa: E402
@@ -33,7 +34,7 @@ from measure import claims_table  # noqa: E402
 
 # each has train(seed, num_seeds, out) -> runs, claims([runs, ...]), report([runs, ...], out) -> table, figures
 METHODS = {"ued": ued, "mix_me": mix_me, "shaper": shaper, "shaper_nplayer": shaper_nplayer}
-METHODS |= {"finetuning": finetuning, "genie": genie, "madrid": madrid, "tracr": tracr}
+METHODS |= {"finetuning": finetuning, "genie": genie, "hgap": hgap, "madrid": madrid, "tracr": tracr}
 
 
 def with_verdicts(make_claims, sets: list) -> list[dict]:

@@ -10,7 +10,7 @@ Every measurement is a process of its own; ours and the peer's take turns, `--re
 per CPU-second, of one thread, which other work on the machine hardly changes. Parts not asked for keep their last results.
 
 data      control steps of 256 planar humanoids: under random commands ("world"), and as the data are made ("demonstrate": with
-          policies, noise, new commands, and all that is kept). Compiled as a run does; compiling is counted apart
+          policies, noise, new commands, and all that is kept); compiling is counted apart
 plan      plans, each of them the best of 64 samples of 16 steps, from random parameters. "cached" is ours; "whole" draws each
           code by all of `prior` over the codes so far, as a model without a cache must. The peer is the official planner and its
           models with random parameters, one state at a time, as it does. Sizes: the cpu preset's on the planar body (32 states at
@@ -63,7 +63,7 @@ def data_ours(mode: str) -> dict:
     import jax
 
     from envs.humanoid import Humanoid
-    from envs.humanoid_data import ROLLING, WITHOUT_FUSION
+    from envs.humanoid_data import ROLLING
     from envs.humanoid_skills import demonstrate, load_skills
 
     env, steps = Humanoid(), BLOCKS * BLOCK
@@ -81,7 +81,7 @@ def data_ours(mode: str) -> dict:
     skills = load_skills()
     program = {"world": world, "demonstrate": lambda key: demonstrate(key, skills, WORLDS, BLOCKS, BLOCK, ROLLING)}[mode]
     began = time.process_time()
-    compiled = jax.jit(program, compiler_options=WITHOUT_FUSION).lower(jax.random.key(0)).compile()
+    compiled = jax.jit(program).lower(jax.random.key(0)).compile()
     compile_s = time.process_time() - began
     result = rate(lambda: jax.block_until_ready(compiled(jax.random.key(1))), WORLDS * steps)
     return result | {"compile_cpu_s": compile_s}
@@ -166,7 +166,7 @@ def sample_whole(key, params, first, num: int, config, temperature: float):
     index = jnp.zeros((len(first), config.tokens), jnp.int32)
     for s, key_s in enumerate(jax.random.split(key, config.tokens)):
         logits = logits_whole(params, index, first, s, config)
-        index = index.at[:, s].set(hgap.draw(key_s, logits, temperature, config.top_p))
+        index = index.at[:, s].set(hgap.draw_from_nucleus(key_s, logits, temperature, config.top_p))
     return index
 
 
