@@ -14,7 +14,7 @@ from envs.humanoid_skills import demonstrate, load_skills, window_starts
 
 BLOCKS = 8  # of 50 steps: what a demonstrator of `skills` does
 GROUP = 128  # demonstrators that are simulated side by side; the first group is held out, whatever the number of others
-ROLLING = 0.125  # the share of them that roll
+DIVING = 0.125  # the share of them that dive
 DATA_SEED = 20_231  # one set of data for all seeds, as in the paper
 
 
@@ -65,10 +65,10 @@ def load_data(config) -> Data:
 def from_skills(config) -> Data:
     """Demonstrations of the planar humanoid's skills, drawn when they are needed."""
     skills, group = load_skills(), min(config.episodes, GROUP)
-    num_groups, upright = -(-config.episodes // group), group - int(group * ROLLING)  # none begins in the middle of a roll
+    num_groups, upright = -(-config.episodes // group), group - int(group * DIVING)  # none begins lying on the ground
 
     def draw():
-        one = lambda key: demonstrate(key, skills, group, BLOCKS, rolling=ROLLING)
+        one = lambda key: demonstrate(key, skills, group, BLOCKS, diving=DIVING)
         all, worlds = jax.lax.map(one, jax.random.split(jax.random.key(DATA_SEED), 1 + num_groups))
         worlds = jax.tree.map(lambda x: x[0, ..., :upright].reshape(*x.shape[1:-2], -1), worlds)
         return tuple(all), worlds

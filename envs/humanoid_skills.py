@@ -16,7 +16,7 @@ from common.nn import dense
 from envs.humanoid import CROUCHING, REST_ACTION, STANDING, Humanoid
 
 FILE = Path(__file__).parent / "data" / "humanoid_skills.npz"
-SKILLS = ("walk", "stand", "crouch", "hop", "roll")
+SKILLS = ("walk", "stand", "crouch", "hop", "dive")
 PERIOD = 20  # control steps of a cycle of the clock that times steps and hops
 FASTEST, SLOWEST = 2.5, -1.2  # commanded speed, m/s
 NOISE = 0.1  # of demonstrations' actions
@@ -56,25 +56,12 @@ def timed(command: Command) -> jax.Array:
 def command_features(command: Command) -> jax.Array:
     """What a policy sees of its command, (..., 6)."""
     turn, on = 2 * np.float32(np.pi) * phase(command), timed(command)
-    hop, roll = (command.skill == 3).astype(jnp.float32), (command.skill == 4).astype(jnp.float32)
+    hop, dive = (command.skill == 3).astype(jnp.float32), (command.skill == 4).astype(jnp.float32)
     height = (command.height - STANDING) * 5
-    return jnp.stack([command.speed, height, hop, roll, on * jnp.sin(turn), on * jnp.cos(turn)], axis=-1)
+    return jnp.stack([command.speed, height, hop, dive, on * jnp.sin(turn), on * jnp.cos(turn)], axis=-1)
 
 
 FEATURES = 6
-CURLED = np.float32([-1.1, -0.5, 1.9, -2.0, 0.5, 1.9, -2.0, 0.5, 1.6, 0.8, 1.6, 0.8])  # joint angles in the midst of a roll
-
-
-def curled(key, env: Humanoid):
-    """The state of a humanoid that rolls forwards, curled up, at any point of the turn."""
-    key_pitch, key_joints, key_speed = jax.random.split(key, 3)
-    angle = [jax.random.uniform(key_pitch, (), jnp.float32, -6.3, 0.0)]
-    joints = CURLED + 0.2 * jax.random.normal(key_joints, CURLED.shape, jnp.float32)
-    for i, rod in enumerate(env.robot.rods[1:]):
-        angle.append(angle[rod.parent] + joints[i])
-    spin = jax.random.uniform(key_speed, (), jnp.float32, -6.0, -1.0)
-    vel = jnp.stack([-0.35 * spin, jnp.zeros_like(spin)])
-    return env.begin(jnp.stack(angle), vel, jnp.full(len(angle), spin), env.default_params)[1]
 
 
 def act(params, obs, command: Command) -> jax.Array:
@@ -128,27 +115,27 @@ class Demonstrations(NamedTuple):
     fell: jax.Array  # (N, T) bool: more than feet touched the ground during the step
 
 
-def demonstrate(key, policies: dict, num: int, blocks: int, block: int = 50, rolling: float = 0.125):
-    """`blocks` x `block` steps of `num` humanoids, the last `rolling` of which roll -> Demonstrations, the worlds (..., blocks, N)
-    in which blocks begin. A fall ends an episode, and the next begins where it stands up; so does one of rolling now and then."""
-    env, num_rolling = Humanoid(), int(num * rolling)
-    rolls = np.arange(num) >= num - num_rolling
-    chances = np.where(rolls[:, None], np.eye(len(SKILLS))[SKILLS.index("roll")], np.array([0.5, 0.1, 0.2, 0.2, 0.0]))
+def demonstrate(key, policies: dict, num: int, blocks: int, block: int = 50, diving: float = 0.125):
+    """`blocks` x `block` steps of `num` humanoids, the last `diving` of which dive -> Demonstrations, the worlds (..., blocks, N)
+    in which blocks begin. A fall ends an episode, and the next begins where it stands up; so does one of diving now and then."""
+    env, num_diving = Humanoid(), int(num * diving)
+    dives = np.arange(num) >= num - num_diving
+    chances = np.where(dives[:, None], np.eye(len(SKILLS))[SKILLS.index("dive")], np.array([0.5, 0.1, 0.2, 0.2, 0.0]))
     key_world, key_command, key_play = jax.random.split(key, 3)
     params, fresh = env.default_params, jax.vmap(lambda key: env.reset_env(key, env.default_params)[1], out_axes=-1)
     draw = lambda key: jax.vmap(new_command)(jax.random.split(key, num), jnp.asarray(chances, jnp.float32))
-    first = num - num_rolling
+    first = num - num_diving
 
     def step(carry, key):
         world, command = carry
         key_noise, key_fresh, key_what, key_when = jax.random.split(key, 4)
         obs = env.get_obs(world).T
-        parts = (("gaits", slice(0, first)), ("roll", slice(first, num)))
+        parts = (("gaits", slice(0, first)), ("dive", slice(first, num)))
         mean = jnp.concatenate([act(policies[name], obs[s], jax.tree.map(lambda x, s=s: x[s], command)) for name, s in parts])
         action = jnp.clip(mean + NOISE * jax.random.normal(key_noise, mean.shape, jnp.float32), -1, 1)
         _, moved, _, _, info = env.step_env(None, world, action.T, params)
         renew, again = jax.random.uniform(key_when, (2, num), jnp.float32)
-        over = jnp.where(rolls, again < 1 / 120, info["fallen"])
+        over = jnp.where(dives, again < 1 / 120, info["fallen"])
         world = jax.tree.map(lambda x, y: jnp.where(over, x, y), fresh(jax.random.split(key_fresh, num)), moved)
         told, command = draw(key_what), command._replace(clock=command.clock + 1)
         command = jax.tree.map(lambda x, y: jnp.where(over | (renew < 0.01), x, y), told, command)

@@ -8,7 +8,23 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from measure import ROOT, above, constant, curve, draw_band, last, made_by, over, paired, pooled, seeds_of, spread, summary, trained
+from measure import (
+    ROOT,
+    above,
+    constant,
+    curve,
+    draw_band,
+    last,
+    made_by,
+    over,
+    paired,
+    pooled,
+    seeds_of,
+    spread,
+    summary,
+    trained,
+    under,
+)
 
 SHORT = "all --num-updates 800 --vqvae-updates 400 --eval-every 800 --save-every 400 --eval-episodes 4 --plan-every 4"
 RUNS = {  # name -> flags of algos/hgap.py
@@ -26,6 +42,15 @@ PLANS = {  # name -> flags of `plan`; those of the true dynamics need no run
     "MPPI": f"--planner mppi {FEW}",
     "predictive sampling": f"--planner predictive_sampling {FEW}",
     "MPPI, 16 times the samples": "--planner mppi --samples 1024 --eval-episodes 1",
+}
+SPEED = {  # part and ratio of tests/bench/hgap.py -> what it is, the bar
+    ("data", "steps per CPU-second, demonstrate"): ("demonstrations: control steps a CPU-second, 256 humanoids", 15_000),
+    ("plan", "plans, cpu, cached : peer"): ("plans a CPU-second beside the official planner, small models", 3),
+    ("plan", "plans, official, cached : peer"): ("plans a CPU-second beside the official planner, the official sizes", 3),
+    ("plan", "plans, cpu, cached : whole"): ("plans a CPU-second beside its own form without a cache, small models", 8),
+    ("plan", "plans, official, cached : whole"): ("plans a CPU-second beside its own form without a cache, the official sizes", 8),
+    ("train", "vqvae, 4 seeds : 1, all devices"): ("an update of the VQ-VAE for four seeds beside one, by the clock", 3.6),
+    ("train", "prior, 4 seeds : 1, all devices"): ("an update of the prior for four seeds beside one, by the clock", 3.6),
 }
 FILMS = ("H-GAP", "specialists")
 TASKS = ("speed", "forward", "backward", "jump", "rotate", "crouch", "stand")
@@ -152,8 +177,13 @@ def scaling(of) -> list[dict]:
 def speed() -> list[dict]:
     """tests/bench/hgap.py."""
     path = ROOT / "results" / "bench" / "hgap.json"
-    bars = json.loads(path.read_text()).get("bars", {}) if path.exists() else {}
-    return [over(f"speed-{i}", name, "own bar", each["value"], each["bar"]) for i, (name, each) in enumerate(bars.items())]
+    bench, made = json.loads(path.read_text()) if path.exists() else {}, []
+    for (part, name), (words, bar) in SPEED.items():
+        ratios = bench.get(part, {"ratios": {}})["ratios"]
+        if name in ratios:
+            compare = under if part == "train" else over
+            made.append(compare(f"speed-{name.replace(', ', '-').replace(' ', '-')}", words, "own bar", ratios[name], bar))
+    return made
 
 
 # --- tables and figures

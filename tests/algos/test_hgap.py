@@ -241,6 +241,10 @@ def test_each_part_is_trained_in_its_turn(monkeypatch):
         state = new
 
 
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
 def test_each_stage_trains_its_part_alone_and_types_do_not_depend_on_x64(monkeypatch):
     monkeypatch.setattr(hgap, "load_data", lambda config: some_data(OBS, ACTIONS))
     for stage in ("all", "vqvae", "prior"):
@@ -249,7 +253,6 @@ def test_each_stage_trains_its_part_alone_and_types_do_not_depend_on_x64(monkeyp
             state = jax.eval_shape(train.init, jax.eval_shape(lambda: jax.random.key(0)))
             new, metrics = jax.eval_shape(train.update, state, jax.ShapeDtypeStruct((), jnp.int32))
             text = str(jax.make_jaxpr(train.update)(state, jnp.int32(0)))
-        types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
         assert types(new) == types(state)
         assert not {x.dtype for x in jax.tree.leaves((new, metrics))} & {np.dtype("int64"), np.dtype("float64")}
         assert ("cond[" in text) == (stage == "all")

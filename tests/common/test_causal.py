@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from common import causal
+from common.nn import draw_from_nucleus
 
 WIDTH, HEADS, STEPS = 8, 2, 9
 
@@ -138,7 +139,7 @@ def nucleus(p, top_p):
 
 def draws(logits, temperature, top_p, num=40_000):
     logits = jnp.tile(logits, (num, 1))
-    return np.asarray(jax.jit(causal.draw_from_nucleus, static_argnums=(2, 3))(jax.random.key(0), logits, temperature, top_p))
+    return np.asarray(jax.jit(draw_from_nucleus, static_argnums=(2, 3))(jax.random.key(0), logits, temperature, top_p))
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.0, 0.9), (1.0, 0.6), (2.0, 0.99), (0.5, 0.5), (1.0, 0.01)])
@@ -154,13 +155,13 @@ def test_the_nucleus_of_many_codes_is_that_of_sorting():
     """Rows of their own: 512 codes, of whose nucleus each row draws but one that a sort keeps."""
     logits = jax.random.normal(jax.random.key(3), (2000, 512)) * 2
     p = np.asarray(jax.nn.softmax(logits))
-    code = np.asarray(causal.draw_from_nucleus(jax.random.key(4), logits, 1.0, 0.8))
+    code = np.asarray(draw_from_nucleus(jax.random.key(4), logits, 1.0, 0.8))
     before = np.array([row[row > row[i] * (1 + 1e-3)].sum() for row, i in zip(p, code, strict=True)])
     assert before.max() < 0.8 and before.max() > 0.79  # what is likelier does not yet reach top_p; nearly all of it is drawn
 
 
 def test_without_temperature_the_likeliest_is_taken():
     logits = jax.random.normal(jax.random.key(0), (50, 7))
-    found = causal.draw_from_nucleus(None, logits, 0.0, 0.3)
+    found = draw_from_nucleus(None, logits, 0.0, 0.3)
     np.testing.assert_array_equal(found, logits.argmax(-1))
-    assert found.dtype == jnp.int32 == causal.draw_from_nucleus(jax.random.key(0), logits, 1.0, 0.3).dtype
+    assert found.dtype == jnp.int32 == draw_from_nucleus(jax.random.key(0), logits, 1.0, 0.3).dtype

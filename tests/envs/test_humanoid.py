@@ -176,7 +176,7 @@ def test_it_weighs_65_kg_and_stands_at_its_height():
     np.testing.assert_allclose(env.tree.moments.sum(0) / mass, offset, atol=1e-6)
     top = np.asarray(env.places(state, env.tree.ends))[1].max() + env.robot.rods[2].radius
     assert top == pytest.approx(1.75, abs=0.02)
-    np.testing.assert_allclose(env.torso(state)[0][1], STANDING, atol=0.01)
+    np.testing.assert_allclose(env.torso(state)[0][1], STANDING, atol=0.03)
 
 
 def test_a_tilted_moving_body_feels_it_in_its_own_frame():
@@ -272,14 +272,16 @@ def test_any_point_but_a_sole_ends_an_episode():
 def test_a_body_that_lies_on_the_ground_has_fallen():
     env, step = world()
     state = starts()
-    lying = env.begin(state.angle + jnp.where(jnp.arange(NUM) % 2 == 0, 1.5, 0.0), state.vel, state.spin, STILL)[1]
-    lying = lying._replace(time=state.time)
-    _, after, _, terminated, info = step(lying, rest())
-    np.testing.assert_array_equal(terminated, jnp.arange(NUM) % 2 == 0)
-    np.testing.assert_array_equal(info["fallen"], terminated)
-    assert (after.push >= 0).all() and (after.time == 1).all()
-    _, _, _, terminated, _ = step(lift(lying), rest())
-    assert not terminated.any()
+    tilt = jnp.where(jnp.arange(NUM) % 2 == 0, 1.5, 0.0)
+    lying = jax.vmap(lambda *x: env.begin(*x, STILL)[1], -1, -1)(state.angle + tilt, state.vel, state.spin)
+    state, fallen = lying, np.zeros(NUM, bool)
+    for _ in range(8):
+        _, state, _, terminated, info = step(state, rest())
+        np.testing.assert_array_equal(info["fallen"], terminated)
+        fallen |= terminated
+    np.testing.assert_array_equal(fallen, tilt > 0)
+    assert (state.push >= 0).all() and (state.time == 8).all()
+    assert not step(lift(lying), rest())[3].any()
 
 
 def test_starts_stand_on_the_ground_up_to_noise():
@@ -395,11 +397,12 @@ def test_limp_servos_bring_no_energy():
 def test_many_points_are_resolved_as_few_are():
     """The loop over points gives the velocities and impulses that writing them out gives, of bodies that touch in several ways."""
     env = Humanoid()
-    state = jax.tree.map(lambda x: x[..., ::16], random_states())
+    state = jax.tree.map(lambda x: x[..., ::6], random_states())
     assert len(env.robot.touching) > planar.MANY
     angles = list(zip(jnp.sin(state.angle), jnp.cos(state.angle), strict=True))
     height = env.torso(state)[0][1]
-    lower, inverse = planar.factorise(env.tree, planar.mass_matrix(env.tree, angles))
+    inertias = planar.servos(env.robot, env.tree, state.angle, state.spin, jnp.zeros((12, len(height))))[1]
+    lower, inverse = planar.factorise(env.tree, planar.mass_matrix(env.tree, angles, inertias))
     u = list(jax.random.normal(jax.random.key(0), (15, len(height))))
     many = jax.jit(lambda u: planar.resolve_many(env.robot, env.tree, height, angles, lower, inverse, u))(u)
     few = planar.resolve_contacts(
@@ -408,7 +411,7 @@ def test_many_points_are_resolved_as_few_are():
     for a, b in zip(many, few, strict=True):
         np.testing.assert_allclose(jnp.stack(a), jnp.stack(b), rtol=1e-4, atol=1e-4)
     touched = np.stack(few[1]) > 1e-3
-    assert touched.any(0).mean() > 0.5 and touched.any(1).sum() >= 8 and (touched.sum(0) > 2).any()
+    assert touched.any(0).mean() > 0.3 and touched.any(1).sum() >= 8 and (touched.sum(0) > 2).any()
 
 
 def test_single_steps_vmap_and_trailing_batches_agree():
@@ -436,14 +439,16 @@ def test_types_do_not_depend_on_x64():
     assert not {x.dtype for x in jax.tree.leaves(found)} & {np.dtype("int64"), np.dtype("float64")}
 
 
-def test_pictures_follow_it():
+def test_pictures_show_every_limb_and_follow_it():
+    """Seen from its right: legs and arms of the right side are in front."""
     env = world()[0]
     state = jax.tree.map(lambda x: x[..., 0], starts())
     render = jax.jit(env.render)
     image = np.asarray(render(state))
+    shown = lambda image, colour: (image == planar.COLOURS[colour]).all(-1)
     assert image.shape == (*planar.PIXELS, 3) and image.dtype == np.uint8
-    for colour in set(env.colours):
-        assert (image == planar.COLOURS[colour]).all(-1).sum() > 5  # arms and legs of both sides
-    trunk = (image == planar.COLOURS[0]).all(-1)
+    assert [shown(image, colour).sum() > 20 for colour in (0, 1, 2, 4, 5)] == [True, True, True, False, False]
+    apart = state._replace(angle=state.angle.at[3:6].add(0.8).at[9:11].add(1.0))
+    assert all(shown(np.asarray(render(apart)), colour).sum() > 20 for colour in set(env.colours))
     moved = np.asarray(render(state._replace(pos=state.pos + jnp.array([0.25, 0]))))
-    assert ((moved == planar.COLOURS[0]).all(-1) == trunk).all() and (moved != image).any()
+    assert (shown(moved, 0) == shown(image, 0)).all() and (moved != image).any()

@@ -248,7 +248,7 @@ def test_steps_are_standardised_by_those_that_are_there_and_are_learned_from(set
     assert set(map(tuple, data.starts)) == {*((0, t) for t in range(7)), (1, 0), *((2, t) for t in range(3))}
     assert set(map(tuple, data.held_starts)) == {*((0, t) for t in range(7)), (1, 0), (1, 1)}
     seen = split(there[:, :56])
-    expected = {name: np.mean(task(seen)) for name, task in TASKS.items()}
+    expected = {name: float(np.mean(task(seen))) for name, task in TASKS.items()}
     assert data.task_means == pytest.approx(expected, rel=1e-4) and data.num_obs == 56
     assert data.steps.dtype == data.held_steps.dtype == np.float32
 
