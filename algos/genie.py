@@ -635,11 +635,11 @@ def evaluate(config: Config, source: Source, state: State) -> dict:
     results |= token_results(key_mask, params, tokens, codes, config)
     has_learned = state.opt_state["world"][0].count > 0  # else there is nothing to play
 
-    def played() -> dict:
+    def played(params, codes) -> dict:
         film = controls(key_film, params, tokens[:4], codes[:4], source.shape, config)
         return play_results(key_play, params, clips.frames, others, tokens, codes, config) | {"controls": film}
 
-    return results | if_needed(has_learned, played)
+    return results | if_needed(has_learned, played, params, codes)
 
 
 def actions_of(params, frames, config: Config):

@@ -189,9 +189,9 @@ class Config(RunConfig):
 
 PAPER = Config(log_every=50, eval_every=50_000, save_every=5000, episodes=4096, preset="paper")
 CPU = replace(
-    PAPER, preset="cpu", num_updates=3000, vqvae_updates=1500, eval_every=3000, save_every=500, episodes=512, codes_per_step=4,
+    PAPER, preset="cpu", num_updates=2400, vqvae_updates=1200, eval_every=2400, save_every=400, episodes=512, codes_per_step=4,
     num_codes=256, latent=128, width=128, layers=3, prior_width=128, prior_layers=3, dropout=0.0, lr=1e-3, prior_lr=1e-3,
-    weight_decay=0.01, offline_alpha=1.0, plan_every=2, eval_episodes=8, eval_steps=200,
+    weight_decay=0.01, offline_alpha=1.0, plan_every=2, eval_episodes=6, eval_steps=100,
 )  # fmt: skip
 
 
@@ -366,10 +366,8 @@ def make_train(config: Config) -> Train:
 
     def init(key):
         key, key_vqvae, key_prior = jax.random.split(key, 3)
-        params = {
-            "vqvae": init_vqvae(key_vqvae, config, (num_obs, size - num_obs)),
-            "prior": init_prior(key_prior, config, num_obs),
-        }
+        params = {"vqvae": init_vqvae(key_vqvae, config, (num_obs, size - num_obs))}
+        params |= {"prior": init_prior(key_prior, config, num_obs)}
         shape = config.num_codes, config.latent // config.codes_per_step
         book = Codebook(jnp.ones(shape[0], jnp.float32), jnp.zeros(shape, jnp.float32))
         return State(params, book, {name: txs[name].init(params[name]) for name in parts}, key)
@@ -427,7 +425,6 @@ def prior_loss(params, key, index, first, config: Config) -> jax.Array:
 
 # --- planning (section 3.3, algorithm 1)
 
-
 CHUNK = 128  # plans that are made at a time on a CPU, whose caches they then fit
 
 
@@ -469,7 +466,8 @@ def evaluate(config: Config, data: Data, state: State) -> dict:
     if config.stage == "vqvae":
         return results
     has_learned = state.opt_state["prior"][1][0].count > 0
-    return results | if_needed(has_learned, lambda: control_results(config, data, state))
+    learned = State(state.params, state.codebook, {}, ())
+    return results | if_needed(has_learned, partial(control_results, config, data), learned)
 
 
 def reconstruction(config: Config, data: Data, state: State, num: int = 512) -> dict:
@@ -586,6 +584,8 @@ def main(config: Config) -> None:
         alone = config.stage == "plan" and config.planner in ("mppi", "predictive_sampling")
         if config.load or (config.stage in ("prior", "plan") and not alone):
             found = find(Path(config.load) if config.load else newest_run())
+            fits = ("all", "prior") if config.stage == "plan" else ("all", "vqvae", "prior")
+            require(found.config.stage in fits, f"--load {found.folder}: only its {found.config.stage} was trained")
             config = replace(config, load=str(found.folder))  # so that a run that is resumed finds it again
         if config.stage == "plan":
             require(not config.dry_run, "--dry-run: plan trains nothing")

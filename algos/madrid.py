@@ -499,8 +499,8 @@ def evaluate(config: Config, players: Players, state: State) -> dict:
     """The archive's estimates and what fresh matches say (`..._again`); arrays of each reference and cell; pictures and a film."""
     archive, known = state.archive, state.archive.fitness > -jnp.inf
     key_again, key_film = jax.random.split(jax.random.fold_in(state.key, 0))
-    fresh_matches = lambda: score(key_again, config, players, archive.genotype.level, config.final_repeats)
-    again = if_needed(known.any(), fresh_matches)
+    fresh_matches = lambda level: score(key_again, config, players, level, config.final_repeats)
+    again = if_needed(known.any(), fresh_matches, archive.genotype.level)
     fresh = jnp.where(known, regret(again), jnp.nan)
     values = jnp.where(known, regret(again), 0.0)
     scalars = summary_of(archive) | {

@@ -104,7 +104,7 @@ def make_bc(config, data: Data, env) -> Train:
     def evaluate(state: Cloning) -> dict:
         x = draw_windows(jax.random.key(1), data.held_steps, data.held_starts, 512, config.window)
         results = {"heldout_action_mse": loss(state.params, x)}
-        return results | if_needed(state.opt_state[0].count > 0, lambda: act(state))
+        return results | if_needed(state.opt_state[0].count > 0, act, state)
 
     return Train(init, update, evaluate, config.num_updates)
 
@@ -261,6 +261,6 @@ def make_offline(config, data: Data, env) -> Train:
         return results | {"length": length}
 
     def evaluate(state: Specialists) -> dict:
-        return if_needed(state.opt_state["actor"][0].count > 0, lambda: act(state))
+        return if_needed(state.opt_state["actor"][0].count > 0, act, state)
 
     return Train(init, update, evaluate, config.num_updates)

@@ -26,11 +26,11 @@ from measure import (
     under,
 )
 
-SHORT = "all --num-updates 800 --vqvae-updates 400 --eval-every 800 --save-every 400 --eval-episodes 4 --plan-every 4"
+SHORT = "all --num-updates 600 --vqvae-updates 300 --eval-every 600 --save-every 300 --eval-episodes 4 --plan-every 4"
 RUNS = {  # name -> flags of algos/hgap.py
     "H-GAP": "all",
     "cloning": "bc --num-updates 2000 --eval-every 2000",
-    "specialists": "offline --num-updates 4000 --eval-every 4000",
+    "specialists": "offline --num-updates 3000 --eval-every 3000",
     "short": SHORT,
     "short, one code": f"{SHORT} --codes-per-step 1",
     "short, 5 % of the data": f"{SHORT} --episodes 26",

@@ -23,6 +23,10 @@ OWN = {"genie": dict(data="dots")}  # a setting that another method has in anoth
 OWN |= {"tizero": dict(num_matches=8, num_groups=2, horizon=8, league_size=2, eval_matches=2, film_steps=3, final_matches=0)}
 OWN |= {"madrid": dict(league=SMALL_LEAGUE, references=("league",), num_checkpoints=1, candidates=8, repeats=2, duels=2)}
 OWN["madrid"] |= dict(horizon=4, final_repeats=2, chunk=16, emitter="cma", num_emitters=2)
+OWN["hgap"] = dict(episodes=8, window=8, pool=4, codes_per_step=2, num_codes=8, latent=8, width=16, layers=2, prior_width=16)
+OWN["hgap"] |= dict(vqvae_updates=2, samples=4, horizon=8, plan_every=2, eval_steps=4, mlp_hidden=8, bc_batch=8, offline_batch=8)
+OWN["hgap"] |= dict(prior_layers=1)
+OWN["humanoid_experts"] = dict(num_steps=4, eval_steps=4)
 
 VARIANTS = [("shaper", {"method": "mfos", "averaging": "attention"}), ("shaper", {"method": "mfos", "trainer": "ppo"})]
 VARIANTS += [("shaper_nplayer", {"num_shapers": 2, "repair": True})]

@@ -56,9 +56,20 @@ def prepared(config: RunConfig, make: Callable[[], Any]):
 
 def if_needed(needed, function, *args):
     """`function(*args)` if needed () bool, else `nothing_like` it. A loop of one round or none: under vmap, where all lanes need it
-    or none does, a branch would be taken by all."""
-    once = lambda carry: (jnp.bool_(False), function(*args))
-    return jax.lax.while_loop(lambda carry: carry[0], once, (needed, nothing_like(function, *args)))[1]
+    or none does, a branch would be taken by all.
+
+    What does not depend on args is moved out of the loop by XLA, and done in any case. args depend on the loop's counter, as far as
+    XLA can tell."""
+
+    def once(carry):
+        zero = 0 * carry[1].astype(jnp.float32)  # not simplified: 0 times a float may be NaN
+        return (
+            jnp.bool_(False),
+            carry[1] + 1,
+            function(*jax.tree.map(lambda x: x + zero.astype(x.dtype) if is_float(x) else x, args)),
+        )
+
+    return jax.lax.while_loop(lambda carry: carry[0], once, (needed, jnp.int32(0), nothing_like(function, *args)))[2]
 
 
 class Programs:

@@ -35,6 +35,8 @@ SHOWN = {
     "genie": ("delta4_psnr", "controls"),
     "tizero": ("share_hard", "match"),
     "madrid": ("regret_again", "worst_matches"),
+    "hgap": ("return_forward", "tasks"),
+    "humanoid_experts": ("upright_s", "skills"),
 }  # the score and the film of evaluations
 STOP = SimpleNamespace(notice=lambda: False, give_up=None)  # the signal that never comes
 
@@ -127,7 +129,7 @@ def assert_fit(name, config, programs):
     used = set(re.findall(r"= (\w+)[\[ ]", " ".join(text.values())))
     assert "scan" in used and ("dot_general" in used or name in ("lola", "shaper"))  # tiny products are written out there
     assert not {name for name in used if re.match(r"conv_|qr|cholesky|eigh|svd|lu$|.*callback", name)}
-    branching = name in ("sfl", "mix_me", "finetuning", "genie") or (
+    branching = name in ("sfl", "mix_me", "finetuning", "genie", "hgap") or (
         name in ("accel", "plr") and getattr(config, "robust", True) and not config.parallel
     )
     assert ("cond[" in text["chunk"]) == branching

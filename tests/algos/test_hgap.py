@@ -1,5 +1,6 @@
 """H-GAP's parts against numpy and by hand, at sizes at which that can be done; what its planner chooses; what is refused."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -103,7 +104,7 @@ def test_the_loss_is_that_of_what_codes_decode_to(vqvae):
     loss, (metrics, z, index) = hgap.vqvae_loss(vqvae, jax.random.key(0), codes, x, OBS, config)
     np.testing.assert_array_equal(index, hgap.nearest(codes, hgap.encode(vqvae, x, TINY)))
     q = codes[index]
-    error = np.asarray((hgap.decode(vqvae, q, x[:, 0, :OBS], TINY) - x) ** 2)
+    error = np.array((hgap.decode(vqvae, q, x[:, 0, :OBS], TINY) - x) ** 2)
     assert metrics["state_mse"] == pytest.approx(error[..., :OBS].mean(), rel=1e-4)
     assert metrics["action_mse"] == pytest.approx(error[..., OBS:].mean(), rel=1e-4)
     assert metrics["commit"] == pytest.approx(float(((z - q) ** 2).mean()), rel=1e-4)
@@ -124,18 +125,18 @@ def test_the_loss_is_that_of_what_codes_decode_to(vqvae):
 
 def test_codes_follow_the_mean_of_what_chose_them():
     """Moving averages of counts and sums by hand; a code that nothing chooses for long begins anew at an output."""
-    config = replace(TINY, num_codes=4, codebook_decay=0.9, least_use=0.2)
-    z, index = normal(0, 3, 2, 2), jnp.array([[0, 1], [0, 0], [1, 0]])
-    count, total = np.float32([2, 1, 1, 0.1]), np.asarray(normal(1, 4, 2))
+    config = replace(TINY, num_codes=4, codebook_decay=0.9, least_use=0.05)
+    z, index = normal(0, 3, 2, 2), jnp.array([[0, 1], [0, 0], [1, 2]])  # six slices: 1.5 for each of four codes
+    count, total = np.float32([2, 1, 1, 0.05]), np.asarray(normal(1, 4, 2))
     book = hgap.follow(jax.random.key(0), Codebook(jnp.array(count), jnp.array(total)), z, index, config, 5)
     flat, chosen = np.asarray(z).reshape(-1, 2), np.asarray(index).ravel()
     hits = np.array([(chosen == k).sum() for k in range(4)])
     expected = (0.9 * total + 0.1 * np.array([flat[chosen == k].sum(0) for k in range(4)])) / (0.9 * count + 0.1 * hits)[:, None]
     found = np.asarray(hgap.vectors(book))
-    np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-3)  # an even share is 1.5: all but the last are above a fifth of it
+    np.testing.assert_allclose(found[:3], expected[:3], rtol=1e-3)
     np.testing.assert_allclose(book.count[:3], (0.9 * count + 0.1 * hits)[:3], rtol=1e-3)
     assert np.abs(flat - found[3]).max(1).min() < 1e-5 and np.abs(found[3] - expected[3]).max() > 0.1
-    assert 0.2 * 1.5 < book.count[3] < 10 * 0.2 * 1.5, "dead again at once, or for long not"
+    assert 0.9 * book.count[3] > 0.05 * 1.5, "it begins anew again at once"
 
 
 def test_in_the_first_update_all_codes_are_outputs_and_without_a_least_use_none_begins_anew():
@@ -144,12 +145,12 @@ def test_in_the_first_update_all_codes_are_outputs_and_without_a_least_use_none_
     found = np.asarray(hgap.vectors(hgap.follow(jax.random.key(0), start, z, index, TINY, 0)))
     gaps = np.abs(found[:, None] - np.asarray(z)).max(-1)
     assert (gaps.min(1) < 1e-5).all() and len(set(gaps.argmin(1))) > 4
-    book = start._replace(total=normal(1, 8, 2))
-    for t in range(1, 60):
-        book = hgap.follow(jax.random.key(t), book, z, index, replace(TINY, least_use=0.0, codebook_decay=0.5), t)
-    rest = np.asarray(hgap.vectors(book))[1:]
-    assert np.abs(rest[:, None] - np.asarray(z)).max(-1).min() > 1e-3
-    np.testing.assert_allclose(hgap.vectors(book)[0], z.mean(0), rtol=1e-3, atol=1e-5)
+    kept, config = start._replace(total=normal(1, 8, 2)), replace(TINY, least_use=0.0, codebook_decay=0.5)
+    step = lambda t, book: hgap.follow(jax.random.key(t), book, z, index, config, t)
+    for length in (20, 300):  # after which averages of what was never chosen are below the least float
+        found = hgap.vectors(jax.jit(lambda length=length: jax.lax.fori_loop(1, length, step, kept))())
+        np.testing.assert_allclose(found[0], z.mean(0), rtol=1e-3, atol=1e-5)
+        assert np.isfinite(found).all() and np.abs(np.asarray(found)[1:, None] - np.asarray(z)).max(-1).min() > 1e-3
 
 
 # --- prior
@@ -229,15 +230,11 @@ def test_each_part_is_trained_in_its_turn(monkeypatch):
     train = hgap.make_train(replace(TINY, prior_layers=1, layers=1, window=8))
     state = jax.jit(train.init)(jax.random.key(0))
     update = jax.jit(train.update)
-    for t, part, losses in ((0, "vqvae", ("state_mse", "action_mse", "commit")), (2, "prior", ("prior_loss",)), (3, "prior", ())):
+    for t, part, losses in ((0, "vqvae", {"state_mse", "action_mse", "commit"}), (2, "prior", {"prior_loss"})):
         new, metrics = update(state, jnp.int32(t))
-        if t == 2:  # whose learning rate begins at 0
-            assert not any(moved(state.params, new.params).values())
-        else:
-            assert moved(state.params, new.params) == {"vqvae": part == "vqvae", "prior": part == "prior"}
+        assert moved(state.params, new.params) == {"vqvae": part == "vqvae", "prior": part == "prior"}
         assert (new.codebook.count != state.codebook.count).any() == (part == "vqvae")
-        if losses:
-            assert {name for name, x in metrics.items() if np.isfinite(x)} == set(losses)
+        assert {name for name, x in metrics.items() if np.isfinite(x)} == losses < metrics.keys()
         state = new
 
 
@@ -439,8 +436,12 @@ class Reached(Exception):
     """Which planner was made."""
 
 
-@pytest.mark.parametrize("planner", ["hgap", "imitate", "mppi", "predictive_sampling"])
-@pytest.mark.parametrize("given", [True, False], ids=["load", "no-load"])
+MODEL, DYNAMICS = ("hgap", "imitate"), ("mppi", "predictive_sampling")
+
+
+@pytest.mark.parametrize(
+    ("planner", "given"), [*((name, True) for name in MODEL + DYNAMICS), *((name, False) for name in DYNAMICS)]
+)
 def test_the_planner_that_is_asked_for_plans(saved, monkeypatch, planner, given):
     """With a run or, if the true dynamics do, without one."""
     config, folder, _ = saved
@@ -453,17 +454,13 @@ def test_the_planner_that_is_asked_for_plans(saved, monkeypatch, planner, given)
 
     monkeypatch.setattr(hgap, "true_dynamics", stop("dynamics"))
     monkeypatch.setattr(hgap, "make_planner", stop("model"))
-    alone = planner in ("mppi", "predictive_sampling")
-    if not (given or alone):
-        return
     asked = replace(config, stage="plan", planner=planner, task="forward", samples=5, load=str(folder) if given else None)
     monkeypatch.setattr(hgap, "begin", lambda *args: SimpleNamespace(act=jnp.zeros((12, 4))))
     with pytest.raises(Reached) as reached:
         hgap.plan(asked, hgap.find(folder) if given else None)
     name, args = reached.value.args
-    assert name == ("dynamics" if alone else "model")
-    assert alone == (planner != "hgap" and planner != "imitate")
-    if alone:
+    assert name == ("dynamics" if planner in DYNAMICS else "model")
+    if planner in DYNAMICS:
         assert args[2] == 5 and args[-1] == (planner == "predictive_sampling")
     else:
         assert args[-2:] == ((5, config.temperature) if planner == "hgap" else (1, 0.0))
@@ -477,8 +474,6 @@ def test_plan_writes_returns_and_a_film(saved, monkeypatch, tmp_path, planner):
     out = tmp_path / "plan"
     asked = replace(config, stage="plan", planner=planner, out=str(out), eval_steps=4, eval_episodes=2, plan_every=2)
     hgap.plan(asked, hgap.find(folder) if planner == "hgap" else None)
-    import json
-
     told = json.loads((out / "plan.json").read_text())["tasks"]
     assert set(told) == set(Humanoid.tasks) and np.shape(told["forward"]["return"]) == (2, 2)
     assert told["speed"]["data"] == 6.0 and (out / "videos" / "plan.gif").stat().st_size > 1000

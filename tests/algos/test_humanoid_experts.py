@@ -16,7 +16,7 @@ from common.runs.earlier import state_like
 from envs.humanoid import CROUCHING, REST, STANDING, Humanoid, split
 from envs.humanoid_skills import PERIOD, SKILLS, Command, act, load_skills
 
-WALK, STAND, CROUCH, HOP, ROLL = range(len(SKILLS))
+WALK, STAND, CROUCH, HOP, DIVE = range(len(SKILLS))
 TINY = replace(CPU, num_envs=4, num_steps=4, hidden=8, num_minibatches=2, num_updates=4, log_every=2, eval_every=4, save_every=2)
 
 
@@ -38,7 +38,7 @@ def command_of(skill, speed=0.0, height=STANDING, clock=0):
         (command_of(HOP, 0.3, clock=[0, 5, 9, 12, 19]), ["00", "00", "11", "11", "11"]),
         (command_of(HOP, 0.0, clock=[20, 25, 29, 60]), ["00", "00", "11", "00"]),
         (command_of(WALK, [0.1, -0.1, 0.0], clock=[0, 0, 12]), ["11", "11", "11"]),
-        (command_of([STAND, CROUCH, ROLL], 1.0, clock=2), ["11", "11", "11"]),
+        (command_of([STAND, CROUCH, DIVE], 1.0, clock=2), ["11", "11", "11"]),
     ],
 )
 def test_feet_are_to_bear_weight_by_the_clock(command, expected):
@@ -117,9 +117,9 @@ def test_arms_swing_against_each_other_when_walking(standing):
     assert reward(swung(0.5), stand) < reward(swung(0.0), stand) - 0.02
 
 
-def test_rolling_is_rewarded_for_turning_forwards_and_getting_ahead(standing):
+def test_diving_is_rewarded_for_turning_forwards_and_getting_ahead(standing):
     worth = lambda spin, speed: float(
-        experts.roll_reward(standing._replace(spin=standing.spin.at[0].set(spin), vel=standing.vel.at[0].set(speed)), None)[0]
+        experts.dive_reward(standing._replace(spin=standing.spin.at[0].set(spin), vel=standing.vel.at[0].set(speed)), None)[0]
     )
     assert worth(-2.5, 1.0) == pytest.approx(0.7) and worth(3.0, -4.0) == pytest.approx(-0.6)
     assert worth(-9.0, 9.0) == pytest.approx(1.4)
@@ -161,7 +161,7 @@ def test_observations_are_standardised_by_running_means():
     np.testing.assert_allclose(still["std"], 0.01, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["gaits", "roll"])
+@pytest.mark.parametrize("stage", ["gaits", "dive"])
 def test_types_do_not_depend_on_x64(stage):
     with jax.enable_x64():
         train = experts.make_train(replace(TINY, stage=stage))
@@ -203,7 +203,7 @@ def save_run(folder, stage, seed):
 
 def test_packed_policies_come_back_and_act_alike(tmp_path, capsys):
     """In half precision: those of the first seeds, by what they were trained to do."""
-    runs = {stage: save_run(tmp_path / stage, stage, seed) for seed, stage in enumerate(("gaits", "roll"))}
+    runs = {stage: save_run(tmp_path / stage, stage, seed) for seed, stage in enumerate(("gaits", "dive"))}
     path = tmp_path / "skills.npz"
     experts.main(replace(TINY, stage="pack", load=tuple(folder for folder, _ in runs.values()), out=str(path)))
     found, obs = load_skills(path), 2 * jax.random.normal(jax.random.key(0), (5, 56))
@@ -212,11 +212,11 @@ def test_packed_policies_come_back_and_act_alike(tmp_path, capsys):
         assert jax.tree.structure(found[stage]) == jax.tree.structure(policy)
         for a, b in zip(jax.tree.leaves(found[stage]), jax.tree.leaves(policy), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-        command = command_of([WALK, STAND, CROUCH, HOP, ROLL], 1.0, clock=3)
+        command = command_of([WALK, STAND, CROUCH, HOP, DIVE], 1.0, clock=3)
         np.testing.assert_allclose(act(found[stage], obs, command), act(policy, obs, command), atol=0.1)
-    assert np.abs(act(found["roll"], obs, command) - act(found["gaits"], obs, command)).max() > 1
+    assert np.abs(act(found["dive"], obs, command) - act(found["gaits"], obs, command)).max() > 1
     about = str(np.load(path)["about"])
-    assert "gaits: --num-updates 4 --seed 0 --hidden 8" in about and "roll: --num-updates 4 --seed 1 --hidden 8" in about
+    assert "gaits: --num-updates 4 --seed 0 --hidden 8" in about and "dive: --num-updates 4 --seed 1 --hidden 8" in about
 
 
 def test_packing_nothing_is_refused_in_one_line(tmp_path, capsys):

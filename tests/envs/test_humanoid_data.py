@@ -82,7 +82,7 @@ def test_drawn_windows_hold_one_episode_in_its_order(over):
 def test_skills_that_are_shipped_are_small_and_do_something():
     assert FILE.stat().st_size <= 1_000_000
     skills = load_skills()
-    assert set(skills) == {"gaits", "roll"}
+    assert set(skills) == {"gaits", "dive"}
     command = Command(*(jnp.zeros(3, dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32, jnp.int32)))
     for params in skills.values():
         assert params["mean"].shape == params["std"].shape == (Humanoid.obs_size,) and (params["std"] > 0).all()
@@ -101,7 +101,7 @@ def a_policy(seed, hidden=8):
 
 
 def test_skills_come_back_from_their_file(tmp_path):
-    policies = {"gaits": a_policy(0), "roll": a_policy(1)}
+    policies = {"gaits": a_policy(0), "dive": a_policy(1)}
     save_skills(tmp_path / "skills.npz", policies, "how they were made")
     found = load_skills(tmp_path / "skills.npz")
     assert jax.tree.structure(found) == jax.tree.structure(policies)
@@ -170,13 +170,15 @@ class Counting(Humanoid):
         return state._replace(time=time, push=jnp.zeros_like(state.push).at[-1].set(time % 7 == 0), pos=state.pos.at[1].add(1.0))
 
 
+POLICIES = {"gaits": a_policy(0), "dive": a_policy(1)}
+
+
 @pytest.fixture(scope="module")
 def demonstrated():
-    """16 demonstrators, 2 of which roll, of 2 x 50 steps, in a world whose falls are known."""
-    skills = load_skills()
+    """16 demonstrators, 2 of which dive, of 2 x 50 steps, in a world whose falls are known."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("envs.humanoid_skills.Humanoid", Counting)
-        run = jax.jit(lambda key: demonstrate(key, skills, 16, 2, rolling=0.125))
+        run = jax.jit(lambda key: demonstrate(key, POLICIES, 16, 2, diving=0.125))
         return jax.tree.map(np.asarray, run(jax.random.key(0)))
 
 
@@ -193,7 +195,7 @@ def test_demonstrations_end_with_their_falls_and_begin_anew(demonstrated):
     assert (rises[left == 1] < -1).all() and (left[:14] == 1).any()
 
 
-def test_rolling_goes_on_through_falls(demonstrated):
+def test_dives_go_on_through_falls(demonstrated):
     found, _ = demonstrated
     assert found.fell[14:].any() and (found.left[14:] > 7).any()
     ends = found.left[14:] == 1
@@ -201,11 +203,11 @@ def test_rolling_goes_on_through_falls(demonstrated):
 
 
 def test_actions_are_the_policys_with_noise_in_range(demonstrated):
-    """Of those that roll: their command is always the same."""
+    """Of those that dive: their command is always the same."""
     found, _ = demonstrated
     assert np.abs(found.action).max() == 1 and np.isfinite(found.obs).all()
     command = Command(jnp.full((2, 100), 4), jnp.zeros((2, 100)), jnp.full((2, 100), STANDING), jnp.zeros((2, 100), int))
-    mean = np.asarray(act(load_skills()["roll"], found.obs[14:], command))
+    mean = np.asarray(act(POLICIES["dive"], found.obs[14:], command))
     noise = (found.action[14:] - mean)[np.abs(mean) < 0.6]
     assert noise.size > 100 and np.abs(noise.mean()) < 5 * NOISE / noise.size**0.5
     assert noise.std() == pytest.approx(NOISE, rel=4 / noise.size**0.5)
@@ -262,10 +264,10 @@ def test_windows_longer_than_all_episodes_are_refused(settings, part):
 
 
 def test_demonstrators_held_out_are_a_group_of_their_own(settings, monkeypatch):
-    """And evaluations begin where they do, but not where one rolls."""
+    """And evaluations begin where they do, but not where one lies."""
     blocks = humanoid_data.BLOCKS
 
-    def stub(key, skills, num, blocks, rolling):
+    def stub(key, skills, num, blocks, diving):
         tag = jax.random.uniform(key, (1, 1, 1)) + jnp.arange(num, dtype=jnp.float32)[:, None, None]
         obs, action = (jnp.broadcast_to(tag, (num, 6, size)) for size in (56, 12))
         worlds = {
@@ -281,7 +283,7 @@ def test_demonstrators_held_out_are_a_group_of_their_own(settings, monkeypatch):
     assert len(data.steps) == 20 and len(data.held_steps) == 8
     assert len(tags(data.steps)) == 20 and len(tags(data.held_steps)) == 8 and not tags(data.steps) & tags(data.held_steps)
     assert data.worlds["pos"].shape == (2, blocks * 7) and data.worlds["time"].shape == (blocks * 7,)
-    assert set(data.worlds["time"].tolist()) == set(range(7))  # the eighth rolls
+    assert set(data.worlds["time"].tolist()) == set(range(7))  # the eighth dives
 
 
 def test_a_dry_run_draws_nothing(settings):

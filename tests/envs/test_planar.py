@@ -233,6 +233,85 @@ def test_legs_that_do_the_same_stay_together():
     assert np.abs(state.angle[1:4]).max(0).mean() > 0.3
 
 
+@pytest.mark.parametrize("robot", ["walker", "cheetah"])
+def test_many_points_are_resolved_as_few_are(robot):
+    """Point by point in a loop, or written out: the same velocities and impulses; some touch, some slip, some are in the air."""
+    env = Planar(robot)
+    state = starts(robot, 0.3)
+    height = env.torso(state)[0][1] - 0.02
+    angles = list(zip(jnp.sin(state.angle), jnp.cos(state.angle), strict=True))
+    lower, inverse = factorise(env.tree, mass_matrix(env.tree, angles))
+    inverse, u = [x + 0 * height for x in inverse], list(2 * jax.random.normal(jax.random.key(0), (len(inverse), NUM)))
+    many = jax.jit(lambda u: planar.resolve_many(env.robot, env.tree, height, angles, lower, inverse, u))(u)
+    points = planar.contact_points(env.robot, env.tree, height, angles, lower, inverse)
+    few = planar.resolve_contacts(points, inverse, u, env.tree.h)
+    for a, b in zip(many, few, strict=True):
+        np.testing.assert_allclose(jnp.stack(a), jnp.stack(b), rtol=1e-4, atol=1e-4)
+    normal, friction = np.stack(few[1]), np.stack(few[2])
+    slips = np.abs(np.abs(friction) - planar.FRICTION * normal) < 1e-6
+    assert (normal == 0).any() and ((normal > 0) & slips).any() and ((normal > 0) & ~slips).any()
+
+
+# --- servos
+
+
+def servo_hopper(gain, h=0.004):
+    """A hopper whose motors hold angles, and its tree in substeps of h."""
+    robot = ROBOTS["hopper"]()
+    robot = robot._replace(rods=tuple(rod._replace(gain=gain * (i > 0), torque=30.0) for i, rod in enumerate(robot.rods)))
+    return robot, make_tree(robot, h)
+
+
+def in_the_air(num):
+    """At rest, upright."""
+    return jnp.zeros((2, num)).at[1].set(9.0), jnp.zeros((4, num)), jnp.zeros((2, num)), jnp.zeros((4, num))
+
+
+def steps_of(robot, tree, num_steps):
+    """Substeps in the air without gravity, compiled."""
+    step = lambda _, moving, command: planar.substep(robot, tree, moving, command, 0.0)[0]
+    return jax.jit(lambda moving, command: jax.lax.fori_loop(0, num_steps, lambda i, moving: step(i, moving, command), moving))
+
+
+def test_servos_bring_joints_to_the_angles_that_are_commanded():
+    """And change no momentum."""
+    robot, tree = servo_hopper(200.0)
+    command = jnp.array([[0.5, -0.3], [-1.0, -0.2], [0.3, 0.1]])
+    pos, angle, vel, spin = steps_of(robot, tree, 1500)(in_the_air(2), command)
+    np.testing.assert_allclose(jnp.diff(angle, axis=0), command, atol=0.01)
+    np.testing.assert_allclose(spin, 0, atol=0.02)
+    np.testing.assert_allclose(vel, 0, atol=1e-4)
+    np.testing.assert_allclose(pos, [[0, 0], [9, 9]], atol=1e-3)
+
+
+def test_a_servo_at_its_limit_is_a_motor_with_all_its_torque():
+    """However far its target is; nearer to it, it is a spring that pushes less."""
+    robot, tree = servo_hopper(200.0)
+    motor, _ = servo_hopper(0.0)
+    sign = jnp.array([[1.0], [-1.0], [1.0]])
+    servo, torque = steps_of(robot, tree, 1), steps_of(motor, tree, 1)
+    far = servo(in_the_air(3), sign * jnp.array([1.0, 2.0, 0.1]))[3]
+    full = torque(in_the_air(3), sign * jnp.array([30.0, 30.0, 20.0]))[3]
+    np.testing.assert_allclose(far[:, :2], full[:, :2], rtol=1e-5)
+    assert (np.abs(full[1:, 0]) > 0.01).all()
+    assert (np.abs(far[:, 2]) < np.abs(full[:, 2])).all()  # the spring gives way within the step
+
+
+def test_a_tree_is_for_substeps_of_its_own():
+    """A fall of 0.1 s in substeps of either length; dampers and springs are as stiff as the substep is long."""
+    for h, num in ((0.002, 50), (0.01, 10)):
+        robot, tree = servo_hopper(0.0, h)
+        assert tree.h == h
+        damped = [rod.damping * h + rod.stiffness * h * h + robot.armature for rod in robot.rods[1:]]
+        np.testing.assert_allclose(tree.motors, tree.hinges.T @ np.diag(damped) @ tree.hinges)
+        fall = lambda _, moving, robot=robot, tree=tree: planar.substep(robot, tree, moving, jnp.zeros(3), 9.81)[0]
+        start = tuple(x[..., 0] for x in in_the_air(1))
+        pos, _, vel, _ = jax.jit(lambda num=num, fall=fall, start=start: jax.lax.fori_loop(0, num, fall, start))()
+        np.testing.assert_allclose(vel[1], -0.981, rtol=1e-4)
+        np.testing.assert_allclose(9 - pos[1], 0.5 * 9.81 * 0.1 * (0.1 + h), rtol=1e-3)
+    assert make_tree(robot).h == planar.H == DT / planar.SUBSTEPS
+
+
 # --- rewards, ends, agents
 
 
