@@ -50,7 +50,7 @@ class Config(RunConfig):
         "xla_disable_hlo_passes": "fusion"
     }  # which repeats so much of the physics that it takes twice as long
     stage: Positional[Literal["gaits", "dive", "pack"]] = "gaits"
-    """Which expert to train; or `pack`: write the policies of finished runs as the file that is shipped."""
+    """Which expert to train; or `pack`: write the policies of finished runs as the file that is shipped, or as --out."""
     load: tuple[str, ...] = ()
     """The runs whose policies `pack` writes, in any order."""
     num_envs: int = 1024
@@ -354,7 +354,8 @@ def pack(config: Config) -> None:
         trained, state = found.config, jax.tree.map(lambda x: x[0], read_state(found, make_train))
         policies[trained.stage] = policy_of(state.params, state.norm)
         about.append(f"{trained.stage}: --num-updates {found.update} --seed {trained.seed} --hidden {trained.hidden}")
-    path = Path(config.out) if config.out else FILE
+    path = Path(config.out) if config.out else Path("envs") / "data" / FILE
+    require(path.parent.is_dir(), f"pack: there is no folder {path.parent}: give --out FILE.npz, or run it in the repository")
     save_skills(path, policies, "; ".join(about))
     print(f"{', '.join(policies)}: {path}, {path.stat().st_size / 1000:.0f} kB")
 

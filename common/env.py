@@ -3,10 +3,14 @@
 Worlds written on this base run unchanged in gymnax code, its wrappers included.
 """
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from common.runs.config import require
 
 
 class Environment:
@@ -125,3 +129,13 @@ class DictView:
         obs, state, reward, terminated, truncated, info = self.env.step(key, state, stacked, params)
         dones = dict.fromkeys([*self.agents, "__all__"], terminated | truncated)
         return self._split(obs), state, self._split(reward), dones, info
+
+
+def shipped(name: str, maker: str) -> Path:
+    """A file of envs/data, also for a method that was copied out of this repository. Raises UsageError where it is not there;
+    maker: the command that makes one."""
+    found = find_spec("envs")
+    paths = [Path(folder) / "data" / name for folder in (found.submodule_search_locations if found else ())]
+    there = [path for path in paths if path.is_file()]
+    require(bool(there), f"envs/data/{name} is not there; {maker} makes it")
+    return there[0]

@@ -4,7 +4,6 @@ The network's first layer sees the team's view once and adds each player's own: 
 Weights are (out, in) and matches come last, as in the world; any axes of matches will do.
 """
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.env import shipped
 from common.nn import orthogonal
 from common.runs.checkpoint import load, read_meta, save
 from common.runs.config import UsageError, require
@@ -111,11 +111,7 @@ def sample_actions(key, logits):
 
 def shipped_league() -> Path:
     """The league that comes with this repository; made by the command in its `meta`."""
-    found = find_spec("envs")
-    paths = [Path(folder) / "data" / LEAGUE_FILE for folder in (found.submodule_search_locations if found else ())]
-    there = [path for path in paths if path.is_file()]
-    require(bool(there), f"envs/data/{LEAGUE_FILE} is not there; python algos/tizero.py makes a league")
-    return there[0]
+    return shipped(LEAGUE_FILE, "python algos/tizero.py")
 
 
 def save_league(path: Path, params: Team, names: list[str], meta: dict) -> None:

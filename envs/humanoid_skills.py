@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.env import shipped
 from common.nn import dense
 from envs.humanoid import CROUCHING, REST_ACTION, STANDING, Humanoid
 
-FILE = Path(__file__).parent / "data" / "humanoid_skills.npz"
+FILE = "humanoid_skills.npz"  # in envs/data
 SKILLS = ("walk", "stand", "crouch", "hop", "dive")
 PERIOD = 20  # control steps of a cycle of the clock that times steps and hops
 FASTEST, SLOWEST = 2.5, -1.2  # commanded speed, m/s
@@ -85,9 +86,9 @@ def save_skills(path: Path, policies: dict, about: str) -> None:
     np.savez_compressed(path, **arrays)
 
 
-def load_skills(path: Path = FILE) -> dict:
-    """Policies by name. Raises OSError or KeyError where the file is not such a file."""
-    policies: dict = {}
+def load_skills(path: Path | None = None) -> dict:
+    """Policies by name, those that are shipped without a path. Raises OSError or KeyError where the file is not such a file."""
+    policies, path = {}, path or shipped(FILE, "python algos/humanoid_experts.py pack")
     with np.load(path, allow_pickle=False) as file:
         for name in file.files:
             if name != "about":

@@ -63,7 +63,7 @@ def data_ours(mode: str) -> dict:
     import jax
 
     from envs.humanoid import Humanoid
-    from envs.humanoid_data import ROLLING
+    from envs.humanoid_data import DIVING
     from envs.humanoid_skills import demonstrate, load_skills
 
     env, steps = Humanoid(), BLOCKS * BLOCK
@@ -79,7 +79,7 @@ def data_ours(mode: str) -> dict:
         return jax.lax.scan(step, state, jax.random.split(key, steps))
 
     skills = load_skills()
-    program = {"world": world, "demonstrate": lambda key: demonstrate(key, skills, WORLDS, BLOCKS, BLOCK, ROLLING)}[mode]
+    program = {"world": world, "demonstrate": lambda key: demonstrate(key, skills, WORLDS, BLOCKS, BLOCK, DIVING)}[mode]
     began = time.process_time()
     compiled = jax.jit(program).lower(jax.random.key(0)).compile()
     compile_s = time.process_time() - began
