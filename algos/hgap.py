@@ -41,14 +41,14 @@ from tyro.conf import Positional
 
 from common.causal import attention_block, attention_step, conv_block, init_attention_block, init_conv_block, init_norm, layer_norm
 from common.nn import dense, draw_from_nucleus, init_dense, matmul
-from common.runs import RunConfig, Train, cli, if_needed, require, require_range, run, shard_batch
+from common.runs import RunConfig, Train, cli, if_needed, require, require_multiple, require_range, run, shard_batch
 from common.runs.config import as_dict
 from common.runs.earlier import Earlier, check_seeds, check_shapes, find_run, newest_run, read_state, state_like
 from common.runs.loop import begin as start_run
 from common.runs.loop import faults_in_one_line
 from envs.humanoid_control import (
     Tasks,
-    begin,
+    begin_worlds,
     check_task,
     film,
     follow_plan,
@@ -169,8 +169,9 @@ class Config(RunConfig):
         fits = self.latent % self.codes_per_step == 0
         require(fits, f"--codes-per-step {self.codes_per_step}: must divide --latent {self.latent}")
         require(self.horizon <= self.window, f"--horizon {self.horizon}: must be at most --window {self.window}")
-        fits = self.plan_every <= self.window
-        require(fits, f"--plan-every {self.plan_every}: must be at most --window {self.window}")
+        fits = self.plan_every <= self.horizon
+        require(fits, f"--plan-every {self.plan_every}: must be at most --horizon {self.horizon}")
+        require_multiple(self, "eval_steps", "plan_every")
         for name in ("width", "prior_width"):
             fits = getattr(self, name) % self.heads == 0
             require(fits, f"--{name.replace('_', '-')} {getattr(self, name)}: must be a multiple of --heads {self.heads}")
@@ -285,7 +286,7 @@ def follow(key, codebook: Codebook, z, index, config: Config, t) -> Codebook:
     total = decay * codebook.total + (1 - decay) * chosen.T @ z
     dead = (count < config.least_use * even) | (t == 0)
     drawn = z[jax.random.randint(key, (num,), 0, len(z), jnp.int32)]
-    count = jnp.where(dead, 0.1 * even, count)
+    count = jnp.where(dead, (0.1 + config.least_use) * even, count)
     return Codebook(count, jnp.where(dead[:, None], drawn * count[:, None], total))
 
 
@@ -493,7 +494,7 @@ def control_results(config: Config, data: Data, state: State) -> dict:
     """Returns of every task: planned, and by one sample; imitation; how far decoded states are from what their actions bring."""
     env = make_env(config.body)
     tasks, keys = make_tasks(config, env), jax.random.split(jax.random.key(2), 5)
-    world = begin(keys[0], env, data.worlds, len(tasks.which))
+    world = begin_worlds(keys[0], env, data.worlds, len(tasks.which))
     arms = {"": (config.samples, config.temperature), "unplanned_": (1, config.temperature), "imitation_": (1, 0.0)}
     planners = [make_planner(config, env, data, state, tasks, *arm) for arm in arms.values()]
 
@@ -557,8 +558,8 @@ def plan(config: Config, found: Earlier | None) -> None:
     @jax.jit
     def go(seed, state):
         keys = jax.random.split(jax.random.key(seed))
-        world = begin(keys[0], env, data.worlds, len(tasks.which))
-        if found:
+        world = begin_worlds(keys[0], env, data.worlds, len(tasks.which))
+        if config.planner in ("hgap", "imitate"):
             arm = (trained.samples, trained.temperature) if config.planner == "hgap" else (1, 0.0)
             planner, memory = make_planner(trained, env, data, state, tasks, *arm), ()
         else:
@@ -592,7 +593,7 @@ def main(config: Config) -> None:
             with start_run(config):
                 return plan(config, found)
     given = partial(starting_state, config, found.folder) if found else None
-    shown = {"bc": ("bc_loss", "imitation_length"), "offline": ("critic_loss", "return_forward")}
+    shown = {"bc": ("action_mse", "imitation_length"), "offline": ("critic_loss", "return_forward")}
     run(config, make_train, highlights=shown.get(config.stage, ("state_mse", "prior_loss", "return_forward")), given=given)
 
 

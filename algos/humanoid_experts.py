@@ -334,11 +334,11 @@ def evaluate(config: Config, state: State) -> dict:
 
     _, (worlds, alive) = jax.lax.scan(step, (world, command, jnp.ones(num, bool)), None, config.eval_steps)
     seen = split(jnp.moveaxis(jax.vmap(env.get_obs)(worlds), 1, -1))
-    error = jnp.abs((forward(seen) * alive).sum(0) / alive.sum(0) - speed)
+    error = jnp.abs((forward(seen) * alive).sum(0) / alive.sum(0, dtype=jnp.float32) - speed)
     turned = (worlds.angle[0, 0] - worlds.angle[-1, 0]) / np.float32(2 * np.pi)
     images = jax.lax.map(jax.vmap(env.render, -1), jax.tree.map(lambda x: x[::2], worlds))  # (T, num, h, w, 3)
     rows = [jnp.concatenate([images[:, i], images[:, i + 1]], axis=2) for i in range(0, num, 2)]
-    return {"upright_s": 0.03 * alive.sum(0).mean(), "mean_speed_error": error.mean(), "turns": turned.mean(),
+    return {"upright_s": 0.03 * alive.sum(0, dtype=jnp.float32).mean(), "mean_speed_error": error.mean(), "turns": turned.mean(),
             "skills": jnp.concatenate(rows, axis=1)}  # fmt: skip
 
 

@@ -9,7 +9,7 @@ obs      (224,) float32: OBS_PARTS one after the other, as the root sees them (n
          Joints are in the motors' order, by name. The root's x points to the robot's left, y up its spine, z where it looks.
 action   (56,) in [-1, 1]: where each joint is to be within its range; motors follow with a delay of 30 ms
 step     30 ms: 6 simulation steps of 5 ms. Accelerometer, torque and touch are those of the last one, the rest is of its end.
-reward   TASKS[task] of the observation after the step
+reward   CMU_TASKS[task] of the observation after the step
 ends     something other than a foot is on the ground (not in rotate_x and rotate_z), or the numbers are no longer finite
 starts   dm_control's upright pose, just above the ground, at rest but for N(0, 0.1) of the root's velocity (m/s) and spin (rad/s)
 
@@ -29,7 +29,6 @@ As in envs/planar.py, arrays may have one further axis behind those named, the s
 import contextlib
 import functools
 import io
-import itertools
 import warnings
 from typing import Any, NamedTuple
 
@@ -38,6 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.env import Environment
+from envs.humanoid import split
 
 OBS_PARTS = {
     "actuator_activation": 56,
@@ -72,7 +72,7 @@ def share(x, y):
     return x * jax.lax.rsqrt(jnp.maximum(x**2 + y**2, 1e-12))
 
 
-def forward(parts) -> jax.Array:
+def go_forward(parts) -> jax.Array:
     """The velocity to where the robot looks (m/s), times how upright it is, leaning to its sides left out."""
     _, up, ahead = jnp.moveaxis(parts["world_zaxis"], -1, 0)
     return share(up, ahead) * parts["velocimeter"][..., 2]
@@ -85,10 +85,10 @@ def shift_left(parts) -> jax.Array:
 
 
 # What H-GAP plans for: named observations (..., n) -> rewards (...), m/s or rad/s.
-TASKS = {
+CMU_TASKS = {
     "speed": lambda parts: jnp.linalg.norm(parts["velocimeter"], axis=-1),
-    "forward": forward,
-    "backward": lambda parts: -forward(parts),
+    "forward": go_forward,
+    "backward": lambda parts: -go_forward(parts),
     "shift_left": shift_left,
     "jump": lambda parts: jnp.maximum(0, (parts["velocimeter"] * parts["world_zaxis"]).sum(-1)),
     "rotate_x": lambda parts: parts["gyro"][..., 0],  # a somersault
@@ -97,16 +97,7 @@ TASKS = {
 }
 
 
-def split(obs) -> dict[str, jax.Array]:
-    """Observations (..., 224) by name, OBS_PARTS each (..., n)."""
-    stops = list(itertools.accumulate(OBS_PARTS.values()))
-    return {name: obs[..., stop - num : stop] for (name, num), stop in zip(OBS_PARTS.items(), stops, strict=True)}
-
-
-# --- the robot
-
-
-class Humanoid(NamedTuple):
+class CmuBody(NamedTuple):
     """The robot as MuJoCo's own code and as MJX have it."""
 
     host: Any
@@ -160,7 +151,7 @@ def narrow(x) -> np.ndarray:
 
 
 @functools.cache
-def load_model() -> Humanoid:
+def load_model() -> CmuBody:
     """The robot, with what MJX cannot simulate left out.
 
     Raises ModuleNotFoundError without the physics extra, ImportError as `build` does.
@@ -187,7 +178,7 @@ def load_model() -> Humanoid:
     with jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ())):  # MJX puts its arrays on one device: taken off it again
         device = mjx.put_model(host)
         device, data = jax.tree.map(narrow, (device, mjx.make_data(device)))
-    return Humanoid(host, device, data, start.astype(np.float32), feel(host, rest.sensordata, np), feet, others)
+    return CmuBody(host, device, data, start.astype(np.float32), feel(host, rest.sensordata, np), feet, others)
 
 
 def feel(host, sensordata, xp=jnp):
@@ -222,14 +213,14 @@ class CmuState(NamedTuple):
 
 
 class CmuHumanoid(Environment):
-    """One humanoid on a flat floor with one of TASKS."""
+    """One humanoid on a flat floor with one of CMU_TASKS."""
 
-    parts, tasks, falling, obs_size, num_actions = OBS_PARTS, TASKS, MAY_LIE, OBS_SIZE, 56
+    parts, tasks, falling, obs_size, num_actions = OBS_PARTS, CMU_TASKS, MAY_LIE, OBS_SIZE, 56
     can_draw = False  # not inside jit
 
     def __init__(self, task: str = "speed"):
         """Raises KeyError for another task, and what `load_model` does."""
-        self.task, self.reward, self.model = task, TASKS[task], load_model()
+        self.task, self.reward, self.model = task, CMU_TASKS[task], load_model()
         host = self.model.host
         self.joints = host.actuator_trnid[:, 0]  # of the motors, in their order
         self.root, *self.ends = (host.body(f"walker/{name}").id for name in ("root", *ENDS))
@@ -263,7 +254,7 @@ class CmuHumanoid(Environment):
         moving, broken = simulate(state[:5], action)
         state = CmuState(*moving, time)
         obs, fallen = self.look(state)
-        reward = self.reward(split(jnp.moveaxis(obs, 0, -1)))
+        reward = self.reward(split(jnp.moveaxis(obs, 0, -1), OBS_PARTS))
         terminated = broken if self.task in MAY_LIE else broken | fallen
         return obs, state, reward, terminated, {"fallen": broken | fallen}
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from envs.planar import Planar, Robot, Rod, make_tree, substep
 
-DT, STEPS = 0.03, 5  # s of a control step, its substeps
+CONTROL_DT, STEPS = 0.03, 5  # s of a control step, its substeps
 LAG = 0.03  # s, of the filter that commands go through
 PARTS = {  # name -> size, in the order of the observation
     "actuator_activation": 12, "joints_pos": 12, "joints_vel": 12, "body_height": 1, "end_effectors_pos": 8, "accelerometer": 2,
@@ -52,7 +52,7 @@ HIP, KNEE = Joint("hip", -0.7, 2.2, 200, 500, 10, 0.2), Joint("knee", -2.5, 0.0,
 LEG = (HIP, KNEE, Joint("ankle", -0.7, 0.9, 120, 250, 4, 0.2))
 ARM = (Joint("shoulder", -1.2, 3.0, 60, 100, 3, -0.1), Joint("elbow", 0.0, 2.4, 40, 60, 2, 0.3))
 JOINTS = (Joint("waist", -1.3, 0.5, 200, 500, 15, 0.0), Joint("neck", -0.7, 0.7, 20, 30, 1.5, 0.0), *LEG, *LEG, *ARM, *ARM)
-COLOURS = (0, 0, 0, 4, 4, 4, 1, 1, 1, 5, 5, 2, 2)  # of each rod: left leg and arm, right leg and arm
+ROD_COLOURS = (0, 0, 0, 4, 4, 4, 1, 1, 1, 5, 5, 2, 2)  # of each rod: left leg and arm, right leg and arm
 
 
 def _body() -> Robot:
@@ -163,8 +163,8 @@ class Humanoid(Planar):
     num_actions, obs_size, can_draw = len(JOINTS), sum(PARTS.values()), True
 
     def __init__(self, task: str | None = None):
-        self.task, self.robot, self.colours = task, _body(), COLOURS
-        self.tree = make_tree(self.robot, DT / STEPS)
+        self.task, self.robot, self.colours = task, _body(), ROD_COLOURS
+        self.tree = make_tree(self.robot, CONTROL_DT / STEPS)
 
     @property
     def default_params(self) -> HumanoidParams:
@@ -192,7 +192,8 @@ class Humanoid(Planar):
         """At rest on the ground in a pose: absolute angles (13,), velocity (2,) and spins (13,) -> obs, state."""
         like, vel = jnp.zeros_like(angle[0]), jnp.asarray(vel, jnp.float32)
         joints = jnp.stack([angle[i] - angle[rod.parent] for i, rod in enumerate(self.robot.rods[1:], 1)])
-        act = jnp.clip(2 * (joints - LOW) / (HIGH - LOW) - 1, -1, 1)
+        low, high = (x.reshape(-1, *[1] * (joints.ndim - 1)) for x in (LOW, HIGH))
+        act = jnp.clip(2 * (joints - low) / (high - low) - 1, -1, 1)
         push, accel = jnp.stack([like] * len(self.robot.touching)), jnp.stack([like, like + params.gravity])
         state = HumanoidState(jnp.stack([like, like]), angle, vel, spin, jnp.int32(0), act, push, accel)
         state = state._replace(pos=jnp.stack([like, self.depths(state).max(0)]))
@@ -208,7 +209,7 @@ class Humanoid(Planar):
 
     def simulate(self, state: HumanoidState, action, params: HumanoidParams) -> HumanoidState:
         """One control step under commands (12, ...) in [-1, 1]."""
-        keep, before = float(np.exp(-DT / STEPS / LAG)), self.torso(state)[1]
+        keep, before = float(np.exp(-CONTROL_DT / STEPS / LAG)), self.torso(state)[1]
 
         def step(_, carry):
             moving, act, total = carry
@@ -219,8 +220,8 @@ class Humanoid(Planar):
 
         none = jnp.zeros_like(state.push)
         moving, act, total = jax.lax.fori_loop(0, STEPS, step, (tuple(state[:4]), state.act, none))
-        state = HumanoidState(*moving, state.time + 1, act, total / (DT * self.tree.mass * 9.81), state.accel)
-        x, z = (self.torso(state)[1] - before) / DT
+        state = HumanoidState(*moving, state.time + 1, act, total / (CONTROL_DT * self.tree.mass * 9.81), state.accel)
+        x, z = (self.torso(state)[1] - before) / CONTROL_DT
         return state._replace(accel=jnp.clip(self.into_frame(state, x, z + params.gravity), -100, 100))
 
     def into_frame(self, state: HumanoidState, x, z) -> jax.Array:

@@ -78,7 +78,7 @@ def make_tasks(config, env, data=None) -> Tasks:
     return Tasks(tuple(chosen), tuple(chosen.values()), falling, np.repeat(np.arange(len(chosen)), config.eval_episodes))
 
 
-def begin(key, env, worlds, num: int):
+def begin_worlds(key, env, worlds, num: int):
     """States (..., num) to begin from: of `worlds` (..., W), at random, with noise on the root's velocity, or the world's."""
     key_which, key_linear, key_turning = jax.random.split(key, 3)
     if worlds is None:

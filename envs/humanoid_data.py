@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import numpy as np
 
 from common.runs.config import UsageError, require
 from common.runs.programs import prepared
+from envs.cmu_humanoid import CmuHumanoid
 from envs.humanoid import Humanoid, split
 from envs.humanoid_skills import demonstrate, load_skills, window_starts
+from envs.mocapact import read
 
 BLOCKS = 8  # of 50 steps: what a demonstrator of `skills` does
 GROUP = 128  # demonstrators that are simulated side by side; the first group is held out, whatever the number of others
@@ -40,8 +43,6 @@ def make_env(body: str, task: str | None = None):
     if body == "planar":
         return Humanoid(task)
     try:
-        from envs.cmu_humanoid import CmuHumanoid
-
         return CmuHumanoid(task or "speed")
     except ImportError as fault:
         raise UsageError(f"--body {body}: {fault}; pip install 'nightjax[physics]'") from None
@@ -54,8 +55,8 @@ def load_data(config) -> Data:
         return from_skills(config)
     path, env = Path(config.data), make_env(config.body)
     require(path.exists(), f"--data {path}: there is no such file or folder")
-    read = read_npz if path.suffix == ".npz" else read_mocapact
-    read_in = read(path, env, config.window)
+    reader = read_npz if path.suffix == ".npz" else read_mocapact
+    read_in = reader(path, env, config.window)
     num = len(read_in[0])
     held = np.arange(num) % 10 == (9 if num >= 10 else num - 1)
     require(not held.all(), f"--data {path}: needs at least 2 episodes, one of them to be held out")
@@ -99,18 +100,16 @@ def read_npz(path: Path, env, window: int):
     """Arrays obs (E, T, O), action (E, T, A) and length (E,) of an .npz -> obs, action, left, fell (nothing is known of falls)."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ("obs", "action", "length") if name not in file.files]
-            require(not missing, f"--data {path}: has no {', no '.join(missing)}")
-            obs, action, length = (file[name] for name in ("obs", "action", "length"))
-    except (OSError, ValueError, EOFError) as fault:
+            found = {name: file[name] for name in ("obs", "action", "length") if name in file.files}
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile) as fault:
         raise UsageError(f"--data {path}: is no .npz of numbers ({type(fault).__name__})") from None
-    return checked(path, env, obs, action, length, window)
+    missing = [name for name in ("obs", "action", "length") if name not in found]
+    require(not missing, f"--data {path}: has no {', no '.join(missing)}")
+    return checked(path, env, found["obs"], found["action"], found["length"], window)
 
 
 def read_mocapact(path: Path, env, window: int):
     """MoCapAct's rollouts -> obs, action, left."""
-    from envs.mocapact import read
-
     rollouts = read(path, min_steps=window)
     return checked(path, env, *rollouts, window)
 

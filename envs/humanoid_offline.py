@@ -28,12 +28,12 @@ from common.runs.config import require
 from common.runs.devices import shard_batch
 from common.runs.programs import Train, if_needed, prepared
 from envs.humanoid import split
-from envs.humanoid_control import Tasks, begin, film, make_tasks, may_fall, play
+from envs.humanoid_control import Tasks, begin_worlds, film, make_tasks, may_fall, play
 from envs.humanoid_data import Data, draw_windows
 from envs.humanoid_skills import window_starts
 
 GAMMA, TAU, DELAY = 0.99, 0.005, 2  # discount; share of the new in targets; critics' updates for one of the actor and targets
-NOISE, NOISE_CLIP = 0.2, 0.5  # of the target policy's actions, in standard deviations of the demonstrations'
+TARGET_NOISE, TARGET_CLIP = 0.2, 0.5  # of the target policy's actions, in standard deviations of the demonstrations'
 
 
 def init_mlp(key, sizes: tuple[int, ...], last: float) -> list:
@@ -56,7 +56,7 @@ def control(config, env, data: Data, tasks: Tasks, policy: Callable) -> tuple[di
     mean, std = data.mean[: data.num_obs], data.std[: data.num_obs]
     planner = lambda key, memory, world, obs: (policy((obs - mean) / std)[:, None], memory)
     keys = jax.random.split(jax.random.key(2), 5)
-    world = begin(keys[0], env, data.worlds, len(tasks.which))
+    world = begin_worlds(keys[0], env, data.worlds, len(tasks.which))
     outcome = play(keys[1], env, tasks, planner, (), world, config.eval_steps, 1)
     each = outcome.total.reshape(len(tasks.names), -1).mean(1)
     results = {f"return_{task}": x for task, x in zip(tasks.names, each, strict=True)}
@@ -143,12 +143,12 @@ def make_buffer(config, data: Data):
     require(fits, f"--offline-batch {config.offline_batch}: must be at most {num * steps}, all steps that there are")
     buffer = make_flat_buffer(num * steps, num, config.offline_batch, add_sequences=True, add_batch_size=num)
 
-    def fill():
-        batch = {"step": jnp.asarray(data.steps), "left": jnp.asarray(data.left), "fallen": jnp.asarray(data.fell)}
+    def fill(steps, left, fell):
+        batch = {"step": steps, "left": left, "fallen": fell}
         one = {"step": jnp.zeros(size, jnp.float32), "left": jnp.int32(0), "fallen": jnp.bool_(False)}
         return buffer.add(buffer.init(one), batch)
 
-    return buffer, prepared(config, fill)
+    return buffer, prepared(config, fill, data.steps, data.left, data.fell)
 
 
 def label(env, tasks: Tasks, data: Data, pair) -> Steps:
@@ -245,8 +245,8 @@ def make_offline(config, data: Data, env) -> Train:
         key, key_draw, key_noise = jax.random.split(state.key, 3)
         pair = buffer.sample(jax.tree.map(jnp.asarray, filled), key_draw).experience
         steps = label(env, tasks, data, shard_batch(pair))
-        noise = NOISE * jax.random.normal(key_noise, (num, *steps.action.shape), jnp.float32)
-        noise = jnp.clip(noise, -NOISE_CLIP, NOISE_CLIP)
+        noise = TARGET_NOISE * jax.random.normal(key_noise, (num, *steps.action.shape), jnp.float32)
+        noise = jnp.clip(noise, -TARGET_CLIP, TARGET_CLIP)
         loss = jax.vmap(jax.value_and_grad(critic_loss), in_axes=(0, 0, OF_TASKS, 0, None))
         losses, grads = loss(state.params["critic"], state.target, steps, noise, limits)
         state = descend(tx, "critic", state._replace(key=key), grads)

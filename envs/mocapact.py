@@ -70,7 +70,7 @@ def read(path: str | Path, min_steps: int = 16) -> Rollouts:
     longest = max((episode.steps for episode in found), default=0)
     words = f"{what}: holds {len(found)} episodes, of at most {longest} steps: at least one of {min_steps} is needed"
     require(kept, words)
-    return load(kept, what)
+    return gathered(kept, what)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -151,7 +151,7 @@ def steps_of(held, name: str, columns: np.ndarray, label: str) -> int:
     return len(action)
 
 
-def load(episodes: list[Episode], what: str) -> Rollouts:
+def gathered(episodes: list[Episode], what: str) -> Rollouts:
     """The numbers of episodes. Raises UsageError where they are not finite or do not fit."""
     num, longest = len(episodes), max(episode.steps for episode in episodes)
     try:

@@ -368,7 +368,7 @@ def resolve_many(robot: Robot, tree: Tree, height, angles, lower: dict, inverse:
     rows = [columns(k) | {2 + b: jnp.stack([swing[b][k] for swing in swings]) for b in range(len(angles))} for k in (0, 1)]
     depth = radii - height + _sum(rows[0][2 + b] for b in range(len(angles)))
     rows = jnp.stack([jnp.stack([row[i] for i in range(len(inverse))]) for row in (spread_force(tree, lower, row) for row in rows)])
-    inverse = jnp.stack(inverse)[:, None]  # rows (2, coordinates, points, ...)
+    inverse = jnp.stack([x + zero for x in inverse])[:, None]  # rows (2, coordinates, points, ...)
     w = (rows * rows * inverse).sum(1)
     give = jnp.where(depth > 0, tree.h * DAMPING, 0.0) + tree.h * tree.h * STIFFNESS
     order = [c for sweep in range(SWEEPS) for c in range(num)[:: -1 if sweep % 2 else 1]]

@@ -47,11 +47,11 @@ def nothing_like(function, *args):
     return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0, x.dtype), like)
 
 
-def prepared(config: RunConfig, make: Callable[[], Any]):
-    """What `make()` gives, computed once, before a method's program is traced, as numpy. In a dry run zeros of that shape."""
+def prepared(config: RunConfig, make: Callable, *args):
+    """What `make(*args)` gives, computed once, before a method's program is traced, as numpy. In a dry run zeros of that shape."""
     if config.dry_run:
-        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(make))
-    return jax.tree.map(np.asarray, jax.jit(make)())
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(make, *args))
+    return jax.tree.map(np.asarray, jax.jit(make)(*args))
 
 
 def if_needed(needed, function, *args):

@@ -116,7 +116,8 @@ def test_the_loss_is_that_of_what_codes_decode_to(vqvae):
     grads, of_codes = of(vqvae, codes)
     through = jax.grad(lambda shift: ((hgap.decode(vqvae, q + shift, x[:, 0, :OBS], TINY) - x) ** 2 * weight).mean())
     weight = jnp.where(jnp.arange(OBS + ACTIONS) < OBS, 1.0, 3.0)
-    pulled = jax.vjp(lambda params: hgap.encode(params, x, TINY), vqvae)[1](through(jnp.zeros_like(q)))[0]
+    pull = jax.jit(lambda params: jax.vjp(lambda params: hgap.encode(params, x, TINY), params)[1](through(jnp.zeros_like(q)))[0])
+    pulled = pull(vqvae)
     for name in ("in", "out"):
         np.testing.assert_allclose(grads["encoder"][name]["w"], pulled["encoder"][name]["w"], rtol=1e-2, atol=1e-4)
     assert np.abs(grads["encoder"]["in"]["w"]).max() > 1e-3
@@ -311,19 +312,20 @@ def test_the_plan_whose_states_score_best_as_they_are_is_done(stubbed, monkeypat
 
 
 def test_what_is_done_begins_the_best_plan(stubbed, monkeypatch):
-    """In closed loop: `plan_every` actions of the plan that is best where it was made, then of the next."""
-    done = []
-    monkeypatch.setattr(Humanoid, "simulate", lambda self, state, action, params: done.append(action) or state)
-    env, data = Humanoid(), stubbed.data
-    planner = hgap.make_planner(TINY, env, data, stubbed.state, stubbed.tasks, TINY.samples, 1.0)
-    world = jax.vmap(lambda key: env.reset_env(key, env.default_params)[1], out_axes=-1)(jax.random.split(jax.random.key(0), 16))
-    with jax.disable_jit():
-        hgap.play(jax.random.key(0), env, stubbed.tasks, planner, (), world, 4, 2)
+    """In closed loop: `plan_every` actions of the plan that is best where it was made, then of the next. A world in which nothing
+    moves and `push` holds the first joint's last commands."""
+    note = lambda self, state, action, params: state._replace(push=jnp.concatenate([action[:1], state.push[:-1]]))
+    monkeypatch.setattr(Humanoid, "simulate", note)
+    env, data, tasks = Humanoid(), stubbed.data, stubbed.tasks._replace(falling=(True, True))
+    planner = hgap.make_planner(TINY, env, data, stubbed.state, tasks, TINY.samples, 1.0)
+    world = jax.jit(jax.vmap(lambda key: env.reset_env(key, env.default_params)[1], out_axes=-1))(
+        jax.random.split(jax.random.key(0), 16)
+    )
+    outcome = jax.jit(lambda world: hgap.play(jax.random.key(0), env, tasks, planner, (), world, 6, 2))(world)
     whole = plans_of(stubbed.table, data, env.get_obs(world).T) * data.std + data.mean
-    best = whole[np.arange(16), scores_by_hand(whole, TINY.horizon).argmax(1)]
-    for t, action in enumerate(done):
-        np.testing.assert_allclose(action, np.clip(best[:, t % 2, 56:], -1, 1).T, atol=1e-4)
-    assert len(done) == 4 and np.abs(done[0] - done[1]).max() > 0.1
+    best = np.clip(whole[np.arange(16), scores_by_hand(whole, TINY.horizon).argmax(1)][:, :, 56], -1, 1)
+    np.testing.assert_allclose(outcome.worlds.push[2, :4], best.T[[1, 0, 1, 0]], atol=1e-4)
+    assert np.abs(best[:, 0] - best[:, 1]).max() > 0.1
 
 
 # --- what is refused
@@ -405,6 +407,36 @@ def test_a_run_is_of_the_part_that_it_has_come_to(tmp_path):
         hgap.find(tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("stage", "update", "asked", "fits"),
+    [
+        ("bc", 4, "plan", False),
+        ("offline", 4, "prior", False),
+        ("all", 2, "plan", False),  # no prior yet
+        ("vqvae", 4, "plan", False),
+        ("vqvae", 4, "prior", True),
+        ("all", 4, "plan", True),
+        ("prior", 4, "plan", True),
+        ("all", 4, "bc", False),
+    ],
+)
+def test_runs_are_used_for_what_they_have_learned(tmp_path, monkeypatch, capsys, stage, update, asked, fits):
+    """What has not been trained is refused in one line, before anything is drawn."""
+    folder, reached = save_run(tmp_path / "run", replace(TINY, stage=stage), update, {"x": np.zeros(2)}), []
+    monkeypatch.setattr(hgap, "load_data", None)
+    monkeypatch.setattr(hgap, "plan", lambda config, found: reached.append(found))
+    monkeypatch.setattr(hgap, "run", lambda config, make_train, highlights, given: reached.append(given))
+    config = replace(TINY, stage=asked, load=str(folder), cache="none")
+    if fits:
+        hgap.main(config)
+        assert len(reached) == 1 and reached[0]
+    else:
+        with pytest.raises(SystemExit) as stop:
+            hgap.main(config)
+        told = capsys.readouterr().err
+        assert stop.value.code == 2 and told.count("\n") == 1 and "--load" in told and not reached
+
+
 @pytest.fixture
 def saved(tmp_path, monkeypatch):
     """A run with two seeds at random, about to end, on data that are noise."""
@@ -476,7 +508,7 @@ def test_plan_writes_returns_and_a_film(saved, monkeypatch, tmp_path, planner):
     hgap.plan(asked, hgap.find(folder) if planner == "hgap" else None)
     told = json.loads((out / "plan.json").read_text())["tasks"]
     assert set(told) == set(Humanoid.tasks) and np.shape(told["forward"]["return"]) == (2, 2)
-    assert told["speed"]["data"] == 6.0 and (out / "videos" / "plan.gif").stat().st_size > 1000
+    assert told["speed"]["data"] == 6.0 and [path.stat().st_size > 1000 for path in (out / "videos").iterdir()] == [True]
 
 
 def test_evaluations_say_the_returns_of_every_task(monkeypatch):

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from envs.cmu_humanoid import (
+    CMU_TASKS,
     FRAMES,
     MAY_LIE,
     OBS_PARTS,
-    TASKS,
     TIMESTEP,
     CmuHumanoid,
     CmuState,
@@ -20,8 +20,8 @@ from envs.cmu_humanoid import (
     feel,
     load_model,
     reduce,
-    split,
 )
+from envs.humanoid import split
 
 OF_WALKER = {name: f"sensors_{name}" for name in ("accelerometer", "gyro", "torque", "touch", "velocimeter")}
 STEPS, NUM = 40, 2
@@ -72,7 +72,7 @@ def look():
 
 def reward(task, velocity=(2.0, 3.0, 5.0), up=(0.0, 1.0, 0.0), spin=(7.0, 8.0, 9.0)):
     parts = {"velocimeter": jnp.array(velocity), "world_zaxis": jnp.array(up), "gyro": jnp.array(spin)}
-    return float(TASKS[task](parts))
+    return float(CMU_TASKS[task](parts))
 
 
 def test_tasks_by_hand():
@@ -94,10 +94,10 @@ def test_parts_of_an_observation():
     assert list(OBS_PARTS.values()) == sizes and sum(sizes) == CmuHumanoid.obs_size == 224
     names = [OF_WALKER.get(name, name) for name in OBS_PARTS]
     assert names == sorted(names)  # as dictionaries of observations are in MoCapAct's code
-    parts = split(jnp.broadcast_to(jnp.arange(224.0), (4, 5, 224)))
+    parts = split(jnp.broadcast_to(jnp.arange(224.0), (4, 5, 224)), OBS_PARTS)
     assert {name: x.shape for name, x in parts.items()} == {name: (4, 5, size) for name, size in OBS_PARTS.items()}
     assert jnp.concatenate(list(parts.values()), -1)[0, 0].tolist() == list(range(224))
-    assert all(task(parts).shape == (4, 5) for task in TASKS.values())
+    assert all(task(parts).shape == (4, 5) for task in CMU_TASKS.values())
 
 
 def test_without_dm_control(monkeypatch):
@@ -127,7 +127,7 @@ def test_observations_are_those_of_dm_controls_walker():
     obs, _ = look()(states._replace(felt=np.array(felt).T))
     assert obs.shape == (224, 16) and obs.dtype == jnp.float32
     assert np.any(expected["touch"]) and np.std(expected["torque"]) > 0.05  # something is felt at all
-    for name, x in split(obs.T).items():
+    for name, x in split(obs.T, OBS_PARTS).items():
         np.testing.assert_allclose(x, expected[name], rtol=1e-4, atol=2e-5, err_msg=name)
 
 
@@ -136,7 +136,7 @@ def test_left_is_left_and_ahead_is_ahead():
     env = world()[0]
     _, start = env.reset_env(jax.random.key(0), env.default_params._replace(reset_noise=0.0))
     obs = look()(jax.tree.map(lambda x: np.stack([x] * 16, -1), start))[0][:, 0]
-    limbs = np.array(split(obs)["appendages_pos"]).reshape(5, 3)
+    limbs = np.array(split(obs, OBS_PARTS)["appendages_pos"]).reshape(5, 3)
     assert (limbs[[1, 3], 0] > 0).all() and (limbs[[0, 2], 0] < 0).all()
     assert limbs[4, 1] > 0.5 and (limbs[2:4, 1] < -0.8).all()
     np.testing.assert_allclose(obs[-3:], [0, 0.989, -0.151], atol=1e-3)  # leaning forward a little
@@ -176,7 +176,7 @@ def test_starts():
     assert not np.asarray(starts.qvel[6:]).any() and not np.asarray(starts.act).any() and not np.asarray(starts.time).any()
     assert 0.07 < np.std(starts.qvel[:6]) < 0.13
     obs, fallen = look()(starts)
-    assert not fallen.any() and not split(obs.T)["touch"].any()
+    assert not fallen.any() and not split(obs.T, OBS_PARTS)["touch"].any()
     lowered = starts._replace(qpos=starts.qpos.at[2].add(-0.02))
     assert not look()(lowered)[1].any()  # stands
     assert look()(starts._replace(qpos=starts.qpos.at[2].add(-0.3)))[1].all()
@@ -235,7 +235,7 @@ def test_a_step_is_that_of_dm_control():
     for t, i in np.ndindex(STEPS, NUM):
         put(physics, states[t], i)
         host_step(physics, actions[t, :, i])
-        expected, found = seen_by_walker(walker, physics), split(obs[t][:, i])
+        expected, found = seen_by_walker(walker, physics), split(obs[t][:, i], OBS_PARTS)
         for name in OBS_PARTS:
             errors[name].append(np.abs(found[name] - expected[name]).max())
             scale[name].append(np.abs(expected[name]).max())
@@ -263,7 +263,7 @@ def test_in_the_air_it_is_dm_controls_whole_model():
         host_step(whole, action[:, 0])
         assert not whole.data.ncon
         expected = seen_by_walker(walker, whole)
-        for name, x in split(obs[:, 0]).items():
+        for name, x in split(obs[:, 0], OBS_PARTS).items():
             np.testing.assert_allclose(x, expected[name], rtol=1e-3, atol=1e-3, err_msg=name)
 
 

@@ -15,7 +15,7 @@ from envs.humanoid_control import (
     KNOTS,
     START_NOISE,
     Tasks,
-    begin,
+    begin_worlds,
     check_task,
     film,
     follow_plan,
@@ -246,7 +246,7 @@ def test_plans_are_followed_whatever_comes():
 
 def test_evaluations_begin_in_worlds_of_the_data_and_not_all_in_one():
     worlds = points(*range(5))
-    world = begin(jax.random.key(0), World(), jax.tree.map(np.asarray, worlds), 400)
+    world = begin_worlds(jax.random.key(0), World(), jax.tree.map(np.asarray, worlds), 400)
     assert set(np.unique(world.pos)) == set(range(5)) and world.time.shape == (400,)
     assert abs(float(world.vel.std()) / START_NOISE - 1) < 0.15 and (np.ptp(world.spin, 0) == 0).all()
     assert abs(float(world.spin[0].std()) / START_NOISE - 1) < 0.15
@@ -254,7 +254,7 @@ def test_evaluations_begin_in_worlds_of_the_data_and_not_all_in_one():
 
 
 def test_without_worlds_of_the_data_evaluations_begin_where_the_world_does():
-    world = begin(jax.random.key(0), World(), None, 4)
+    world = begin_worlds(jax.random.key(0), World(), None, 4)
     assert world.vel.tolist() == [[3] * 4] and world.time.tolist() == [0] * 4
 
 

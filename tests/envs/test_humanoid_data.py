@@ -271,9 +271,7 @@ def test_demonstrators_held_out_are_a_group_of_their_own(settings, monkeypatch):
     def stub(key, skills, num, blocks, diving):
         tag = jax.random.uniform(key, (1, 1, 1)) + jnp.arange(num, dtype=jnp.float32)[:, None, None]
         obs, action = (jnp.broadcast_to(tag, (num, 6, size)) for size in (56, 12))
-        worlds = {
-            name: jnp.broadcast_to(jnp.arange(num), shape) for name, shape in (("pos", (2, blocks, num)), ("time", (blocks, num)))
-        }
+        worlds = {"pos": jnp.broadcast_to(tag[:, 0, 0], (2, blocks, num)), "time": jnp.broadcast_to(jnp.arange(num), (blocks, num))}
         return (obs, action, jnp.full((num, 6), 6) - jnp.arange(6), jnp.zeros((num, 6), bool)), worlds
 
     monkeypatch.setattr(humanoid_data, "demonstrate", stub)
@@ -285,6 +283,7 @@ def test_demonstrators_held_out_are_a_group_of_their_own(settings, monkeypatch):
     assert len(tags(data.steps)) == 20 and len(tags(data.held_steps)) == 8 and not tags(data.steps) & tags(data.held_steps)
     assert data.worlds["pos"].shape == (2, blocks * 7) and data.worlds["time"].shape == (blocks * 7,)
     assert set(data.worlds["time"].tolist()) == set(range(7))  # the eighth dives
+    assert set(data.worlds["pos"][1].round(3).tolist()) < tags(data.held_steps)
 
 
 def test_a_dry_run_draws_nothing(settings):

@@ -54,7 +54,9 @@ def data():
     x[..., 0], x[..., 1] = np.arange(num)[:, None], np.arange(steps)
     mean, std = (draw.astype(np.float32) for draw in (rng.normal(size=OBS + ACTIONS), rng.uniform(0.5, 2, OBS + ACTIONS)))
     starts = window_starts(LEFT, 2)
-    parts = dict(steps=x, left=LEFT, starts=starts, held_steps=x, held_left=LEFT, held_starts=starts)
+    fell = LEFT == 1  # all episodes but those that the recording cut
+    fell[:, -1] = False
+    parts = dict(steps=x, left=LEFT, fell=fell, starts=starts, held_steps=x, held_left=LEFT, held_starts=starts)
     return Data(**parts, mean=mean, std=std, worlds=None, task_means={}, num_obs=OBS)
 
 
@@ -131,11 +133,11 @@ def test_no_step_is_followed_by_another_episodes_and_falls_end_those_that_must_n
     steps = jax.device_get(label(Humanoid, tasks, data, pair))
     lane, at = steps.obs[:, 0].astype(int), steps.obs[:, 1].astype(int)
     assert set(zip(lane, at, strict=True)) == {(i, t) for i in range(3) for t in range(7)}
-    left, may = LEFT[lane, at], np.array(tasks.falling)
+    left, may, fell = LEFT[lane, at], np.array(tasks.falling), data.fell[lane, at]
     np.testing.assert_array_equal(steps.there, left > 0)
     np.testing.assert_array_equal(steps.known[may], [left > 1] * may.sum())
-    np.testing.assert_array_equal(steps.known[~may], [left > 0] * (~may).sum())
-    np.testing.assert_array_equal(steps.over, (left == 1) & ~may[:, None])
+    np.testing.assert_array_equal(steps.known[~may], [(left > 1) | fell] * (~may).sum())
+    np.testing.assert_array_equal(steps.over, fell & ~may[:, None])
     np.testing.assert_array_equal(steps.obs, data.steps[lane, at, :OBS])
     np.testing.assert_array_equal(steps.after, data.steps[lane, at + 1, :OBS])
     np.testing.assert_array_equal(steps.action, data.steps[lane, at, OBS:])
