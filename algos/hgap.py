@@ -510,7 +510,7 @@ def control_results(config: Config, data: Data, state: State) -> dict:
     for name, total, length in zip(arms, jnp.split(outcome.total, len(arms)), jnp.split(outcome.length, len(arms)), strict=True):
         each = total.reshape(len(tasks.names), -1).mean(1)
         results |= {f"{name}return_{task}": x for task, x in zip(tasks.names, each, strict=True)}
-        results[f"{name}length"] = length[~may_fall(tasks)].mean()
+        results[f"{name}length"] = length[~may_fall(tasks)].mean(dtype=jnp.float32)
     return results | open_loop(keys[2], config, env, data, state, world)
 
 

@@ -167,7 +167,7 @@ def gait_reward(world: HumanoidState, command: Command, seen: dict) -> jax.Array
         - jnp.where(command.skill == 2, 3.0, 1.0) * jnp.abs(height - command.height - bounce)
         + jnp.where(bounce > 0, jnp.clip((height - STANDING) / 0.12, -0.5, 1) + 0.3 * jnp.clip(world.vel[1], -1, 1), 0)
         + 0.1 * (near(world.angle[0], lean, 0.25) + near(world.angle[1], lean, 0.25))
-        + 0.25 * (contact == expected_contact(command)).mean(0)
+        + 0.25 * (contact == expected_contact(command)).mean(0, dtype=jnp.float32)
         + 0.05 * (shoulders + elbows) / 2
         + 0.05 * near(joints[:, 1], 0, 0.3)
     )
@@ -253,8 +253,8 @@ def make_train(config: Config) -> Train:
         seen = split(obs)
         walking = told.skill == 0
         error = jnp.where(walking, jnp.abs(forward(seen) - told.speed), 0).sum() / jnp.maximum(walking.sum(), 1)
-        info |= {"reward": 10 * reward.mean(), "ends": done.mean(), "speed_error": error, "turning": -seen["gyro"].mean()}
-        info |= {"std": jnp.exp(params["log_std"]).mean(), "lr": lr}
+        info |= {"reward": 10 * reward.mean(), "ends": done.mean(dtype=jnp.float32), "speed_error": error}
+        info |= {"turning": -seen["gyro"].mean(), "std": jnp.exp(params["log_std"]).mean(), "lr": lr}
         steps = (t + 1).astype(jnp.float32) * (1e-6 * config.num_envs * config.num_steps)
         return State(params, norm, opt_state, lr, world, command, key), info | {"env_steps_m": steps}
 
@@ -320,9 +320,9 @@ SHOWN = {  # what the film shows -> skill, speed, height
 def evaluate(config: Config, state: State) -> dict:
     """Every command from the same start: what it made of it, and a film."""
     env, policy = Humanoid("rotate" if config.stage == "dive" else None), policy_of(state.params, state.norm)
-    skill, speed, height = (jnp.array(x) for x in zip(*SHOWN[config.stage], strict=True))
+    skill, speed, height = (np.array(x) for x in zip(*SHOWN[config.stage], strict=True))
     num = len(skill)
-    command = Command(skill, speed.astype(jnp.float32), height.astype(jnp.float32), jnp.zeros(num, jnp.int32))
+    command = Command(np.int32(skill), np.float32(speed), np.float32(height), jnp.zeros(num, jnp.int32))
     keys = jax.random.split(jax.random.key(7), num)
     world = jax.vmap(lambda key: env.reset_env(key, env.default_params)[1], out_axes=-1)(keys)
 
@@ -334,7 +334,7 @@ def evaluate(config: Config, state: State) -> dict:
 
     _, (worlds, alive) = jax.lax.scan(step, (world, command, jnp.ones(num, bool)), None, config.eval_steps)
     seen = split(jnp.moveaxis(jax.vmap(env.get_obs)(worlds), 1, -1))
-    error = jnp.abs((forward(seen) * alive).sum(0) / alive.sum(0, dtype=jnp.float32) - speed)
+    error = jnp.abs((forward(seen) * alive).sum(0) / alive.sum(0, dtype=jnp.float32) - np.float32(speed))
     turned = (worlds.angle[0, 0] - worlds.angle[-1, 0]) / np.float32(2 * np.pi)
     images = jax.lax.map(jax.vmap(env.render, -1), jax.tree.map(lambda x: x[::2], worlds))  # (T, num, h, w, 3)
     rows = [jnp.concatenate([images[:, i], images[:, i + 1]], axis=2) for i in range(0, num, 2)]

@@ -38,6 +38,7 @@ VARIANTS += [("mix_me", {"emitter": "cma_me"})]
 def tiny(name, **changes):
     """A method's module and its smallest useful Config."""
     module = importlib.import_module(f"algos.{name}")
+    module.Config.compiler_options = {}  # for programs that run long: here they would take three times as long to compile
     fields = {field.name for field in dataclasses.fields(module.Config)}
     settings = RUN | SIZES | OWN.get(name, {}) | changes
     return module, dataclasses.replace(module.CPU, **{k: v for k, v in settings.items() if k in fields})

@@ -338,7 +338,7 @@ def test_what_is_done_begins_the_best_plan(stubbed, monkeypatch):
         ({"codes_per_step": 3}, "--codes-per-step 3: must divide --latent 128"),
         ({"pool": 3}, "--pool 3: must divide --window 16"),
         ({"window": 18, "horizon": 16}, "--pool 4: must divide --window 18"),
-        ({"plan_every": 17}, "--plan-every 17: must be at most --window 16"),
+        ({"plan_every": 17}, "--plan-every 17: must be at most --horizon 16"),
         ({"heads": 3}, "--width 128: must be a multiple of --heads 3"),
         ({"prior_width": 130}, "--prior-width 130: must be a multiple of --heads 4"),
         ({"vqvae_updates": 3000, "num_updates": 3000}, "--vqvae-updates 3000: must be below --num-updates 3000"),
@@ -487,7 +487,7 @@ def test_the_planner_that_is_asked_for_plans(saved, monkeypatch, planner, given)
     monkeypatch.setattr(hgap, "true_dynamics", stop("dynamics"))
     monkeypatch.setattr(hgap, "make_planner", stop("model"))
     asked = replace(config, stage="plan", planner=planner, task="forward", samples=5, load=str(folder) if given else None)
-    monkeypatch.setattr(hgap, "begin", lambda *args: SimpleNamespace(act=jnp.zeros((12, 4))))
+    monkeypatch.setattr(hgap, "begin_worlds", lambda *args: SimpleNamespace(act=jnp.zeros((12, 4))))
     with pytest.raises(Reached) as reached:
         hgap.plan(asked, hgap.find(folder) if given else None)
     name, args = reached.value.args
