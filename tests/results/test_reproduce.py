@@ -74,6 +74,15 @@ def test_verdicts(measure):
     assert measure.over("x", "", "", 2.0, 1.5)["holds"] == "yes" and measure.over("x", "", "", 1.4, 1.5)["holds"] == "no"
 
 
+def test_pairs_of_the_same_seeds_are_compared_pair_by_pair(measure):
+    far_apart = np.array([1.0, 5.0, 9.0])
+    assert measure.paired("x", "", "", far_apart + [0.2, 0.3, 0.25], far_apart)["holds"] == "yes"
+    assert measure.paired("x", "", "", far_apart, far_apart + [0.2, 0.3, 0.25])["holds"] == "no"
+    assert measure.paired("x", "", "", far_apart + [0.2, -0.3, 0.25], far_apart)["holds"] == "not separated"
+    low, high = (float(x) for x in measure.paired("x", "", "", [2, 4], [1, 1])["here"].split("[")[1][:-1].split(", "))
+    assert (low, high) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)  # 2 +- t(0.975, 1) * 1
+
+
 def test_welch_interval_covers(measure):
     """Of differences of two means of four normal draws, about 95 % of intervals hold the true one: 90 to 99 % of 400 here."""
     rng = np.random.default_rng(1)
