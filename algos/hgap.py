@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ from envs.humanoid_offline import make_bc, make_offline
 class Config(RunConfig):
     """H-GAP's settings; the defaults are those of the official code."""
 
-    paths: ClassVar = ("load", "data")
+    paths = ("load", "data")
     stage: Positional[Literal["all", "vqvae", "prior", "plan", "bc", "offline"]] = "all"
     """What to train: all, or one part; `plan`: what to do with a trained run; `bc` and `offline`: behaviour cloning, and offline
     reinforcement learning of each task."""

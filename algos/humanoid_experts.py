@@ -21,7 +21,7 @@ Differs from MoCapAct (its own way in brackets):
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,8 @@ SWING = 0.4  # share of the cycle that a foot is in the air
 class Config(RunConfig):
     """Settings of the experts' training."""
 
-    may_grow: ClassVar = ("num_updates",)
-    compiler_options: ClassVar = {
-        "xla_disable_hlo_passes": "fusion"
-    }  # which repeats so much of the physics that it takes twice as long
+    may_grow = ("num_updates",)
+    compiler_options = {"xla_disable_hlo_passes": "fusion"}  # which repeats so much of the physics that it takes twice as long
     stage: Positional[Literal["gaits", "dive", "pack"]] = "gaits"
     """Which expert to train; or `pack`: write the policies of finished runs as the file that is shipped, or as --out."""
     load: tuple[str, ...] = ()

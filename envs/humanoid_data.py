@@ -45,7 +45,7 @@ def make_env(body: str, task: str | None = None):
     try:
         return CmuHumanoid(task or "speed")
     except ImportError as fault:
-        raise UsageError(f"--body {body}: {fault}; pip install 'nightjax[physics]'") from None
+        raise UsageError(f"--body {body}: {fault}") from None
 
 
 def load_data(config) -> Data:
