@@ -65,7 +65,7 @@ def rms_norm(scale, x) -> jax.Array:
     return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * scale
 
 
-def rotate(x, *places) -> jax.Array:
+def rotary(x, *places) -> jax.Array:
     """Rotary positions (2104.09864), one or several coordinates, each its share of the channels: x (..., heads, c), places that
     broadcast to (...); products of queries and keys know only differences."""
     each = x.shape[-1] // (2 * len(places))
@@ -92,7 +92,7 @@ def project(p, x, spec: Spec, *places):
     q, k, v = (y.reshape(*x.shape[:-1], spec.heads, -1) for y in (q, k, v))
     if spec.qk_norm:
         q, k = rms_norm(p["qk_scale"][0], q), rms_norm(p["qk_scale"][1], k)
-    return rotate(q, *places), rotate(k, *places), v
+    return rotary(q, *places), rotary(k, *places), v
 
 
 def attend(q, k, v, mask=None) -> jax.Array:

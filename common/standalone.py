@@ -423,7 +423,7 @@ def origin(label: str, root: Path, body: str) -> str:
     packages = sorted(PIP_NAMES.get(head, head) for head in heads - sys.stdlib_module_names)
     return (
         f"# Made by common.standalone of nightjax from {label}{commit},\n# with what that uses of common/ and envs/.\n"
-        f"# Apache License 2.0. Needs: pip install {' '.join(packages)}\n"
+        f"# Apache License 2.0.\n# Needs: pip install {' '.join(packages)}\n"
     )
 
 

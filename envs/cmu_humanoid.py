@@ -133,7 +133,7 @@ def build():
         raise ImportError(words) from error
 
 
-def reduce(host, feet) -> None:
+def simplify(host, feet) -> None:
     """Makes a model what MJX can simulate: see above, 1 and 2. `feet`: geoms."""
     import mujoco
 
@@ -166,7 +166,7 @@ def load_model() -> CmuBody:
     feet = tuple(host.geom(geom.full_identifier).id for geom in walker.ground_contact_geoms)
     solid = (host.geom_type != mujoco.mjtGeom.mjGEOM_PLANE) & ((host.geom_contype | host.geom_conaffinity) > 0)
     others = tuple(int(i) for i in np.flatnonzero(solid) if i not in feet)
-    reduce(host, feet)
+    simplify(host, feet)
     start = np.array(host.qpos0)
     start[:7] = UPRIGHT
     start[3:7] /= np.linalg.norm(start[3:7])

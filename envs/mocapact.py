@@ -38,7 +38,7 @@ class Rollouts(NamedTuple):
     length: np.ndarray  # (E,) int32: steps that are there
 
 
-class Episode(NamedTuple):
+class Recording(NamedTuple):
     """Where an episode is."""
 
     file: Path
@@ -110,7 +110,7 @@ def dataset(held, name: str, label: str):
     return found
 
 
-def episodes_of(held, file: Path, label: str) -> list[Episode]:
+def episodes_of(held, file: Path, label: str) -> list[Recording]:
     """A file's episodes, snippet by snippet. Raises UsageError where something is missing or has another size."""
     columns = columns_of(held, label)
     snippets = [name for name in held if name.startswith("CMU")]
@@ -122,7 +122,7 @@ def episodes_of(held, file: Path, label: str) -> list[Episode]:
         require(names, f"{label}: {snippet}/0 is missing: no episode")
         for name in names:
             steps = steps_of(held, f"{snippet}/{name}", columns, label)
-            episodes.append(Episode(file, label, f"{snippet}/{name}", columns, steps))
+            episodes.append(Recording(file, label, f"{snippet}/{name}", columns, steps))
     return episodes
 
 
@@ -151,7 +151,7 @@ def steps_of(held, name: str, columns: np.ndarray, label: str) -> int:
     return len(action)
 
 
-def gathered(episodes: list[Episode], what: str) -> Rollouts:
+def gathered(episodes: list[Recording], what: str) -> Rollouts:
     """The numbers of episodes. Raises UsageError where they are not finite or do not fit."""
     num, longest = len(episodes), max(episode.steps for episode in episodes)
     try:

@@ -73,7 +73,7 @@ def test_rotary_positions_know_only_differences():
     row, column = places = st.places_of((4, 5), 21)
     assert row[[6, 19, 20]].tolist() == [1, 3, 0] and column[[6, 19, 20]].tolist() == [1, 4, 0]
     q, k = (jnp.broadcast_to(jax.random.normal(jax.random.key(i), (2, 8)), (21, 2, 8)) for i in range(2))
-    product = np.asarray(jnp.einsum("qhc,khc->qkh", st.rotate(q, *places), st.rotate(k, *places)))
+    product = np.asarray(jnp.einsum("qhc,khc->qkh", st.rotary(q, *places), st.rotary(k, *places)))
     at = lambda r, c: 5 * r + c
     np.testing.assert_allclose(product[at(0, 1), at(2, 0)], product[at(1, 4), at(3, 3)], atol=1e-5)
     for other in (at(1, 0), at(2, 1), at(3, 1)):

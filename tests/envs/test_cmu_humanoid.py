@@ -19,7 +19,7 @@ from envs.cmu_humanoid import (
     build,
     feel,
     load_model,
-    reduce,
+    simplify,
 )
 from envs.humanoid import split
 
@@ -34,7 +34,7 @@ def world():
     pytest.importorskip("mujoco.mjx")
     pytest.importorskip("dm_control")
     walker, physics = build()
-    reduce(physics.model.ptr, load_model().feet)
+    simplify(physics.model.ptr, load_model().feet)
     return CmuHumanoid(), walker, physics
 
 
