@@ -42,7 +42,6 @@ from tyro.conf import Positional
 from common.causal import attention_block, attention_step, conv_block, init_attention_block, init_conv_block, init_norm, layer_norm
 from common.nn import dense, draw_from_nucleus, init_dense, matmul
 from common.runs import RunConfig, Train, cli, if_needed, require, require_multiple, require_range, run, shard_batch
-from common.runs.config import as_dict
 from common.runs.earlier import Earlier, check_seeds, check_shapes, find_run, newest_run, read_state, state_like
 from common.runs.loop import begin as start_run
 from common.runs.loop import faults_in_one_line
@@ -572,7 +571,7 @@ def plan(config: Config, found: Earlier | None) -> None:
     lane = lambda i: jax.tree.map(lambda x: jnp.asarray(x[i]), state)
     found_out = [jax.tree.map(np.asarray, go(trained.seed + i, lane(i))) for i in range(trained.num_seeds)]
     folder = Path(config.out) if config.out else found.folder if found else Path("runs/hgap/plan")
-    about = {"planner": config.planner, "config": as_dict(trained)}
+    about = {"planner": config.planner, "config": {name: getattr(trained, name) for name in PLANNING}}
     write_report(folder, about, tasks, found_out, {name: x * trained.eval_steps for name, x in data.task_means.items()})
 
 

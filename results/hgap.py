@@ -200,6 +200,7 @@ def report(sets: list[dict[str, Path]], out: Path) -> tuple[str, list[str]]:
     shutil.copy(runs["H-GAP"][0] / "plan_temperature_0.5" / "videos" / "plan_tasks.gif", out / "cool.gif")
     shutil.copy(runs["specialists"][0] / "videos" / "tasks.gif", out / "specialists.gif")
     return "\n".join([*how(runs), "", *returns_table(runs), "", *models_table(runs)]), [
+        "cool.gif",
         "tasks.gif",
         "curves.png",
         "specialists.gif",
